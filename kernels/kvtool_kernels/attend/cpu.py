@@ -1,0 +1,57 @@
+"""`attend` on the CPU: PyTorch's flash kernel, which also returns the log-sum-exp.
+
+A single query per sequence is packed so that its whole group reads each KV head once; causal attention over a past is
+split into a dense part and a square causal part, then merged, because the kernel's causal mask is aligned at the top left.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool_kernels.attend import reference
+from kvtool_kernels.merge.reference import merge
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.attend`; soft caps, empty segments and unequal head dims go there."""
+    tokens, entries = q.shape[2], k.shape[2]
+    if softcap is not None or entries == 0 or k.shape[-1] != v.shape[-1]:
+        return reference.attend(q, k, v, scale=scale, causal=causal, bias=bias, softcap=softcap)
+    if tokens == 1 and (bias is None or bias.shape[1] == 1):
+        batch, heads, _, width = q.shape
+        packed = q.reshape(batch, k.shape[1], heads // k.shape[1], width)
+        out, lse = _masked(packed, k, v, scale, bias)
+        return out.reshape(batch, heads, 1, width), lse.reshape(batch, heads, 1)
+    if causal and bias is None:
+        own_k, own_v = k[:, :, entries - tokens :], v[:, :, entries - tokens :]
+        own = _flash(q, own_k, own_v, 0.0, True, scale=scale)
+        if entries == tokens:
+            return own
+        past = _flash(q, k[:, :, : entries - tokens], v[:, :, : entries - tokens], 0.0, False, scale=scale)
+        return merge(past, own)
+    if causal:
+        hidden = torch.ones(tokens, entries, dtype=torch.bool).triu(entries - tokens + 1)
+        bias = bias.expand(bias.shape[0], bias.shape[1], tokens, entries).masked_fill(hidden, float("-inf"))
+    return _masked(q, k, v, scale, bias)
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if bias is None:
+        return _flash(q, k, v, 0.0, False, scale=scale)
+    bias = bias.expand(q.shape[0], bias.shape[1], q.shape[2], k.shape[2])
+    out, lse = _flash(q, k, v, 0.0, False, attn_mask=bias.to(q.dtype), scale=scale)
+    blind = (bias == float("-inf")).all(-1).expand(lse.shape)  # the flash kernel returns lse 0 for these rows
+    return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))

@@ -1,0 +1,47 @@
+"""The definition of `attend`: softmax attention over one segment, with its log-sum-exp.
+
+    logits[i, j] = cap(scale · q_i · k_j) + bias[i, j];   lse_i = log Σ_j exp(logits[i, j])   (natural log)
+    out_i = Σ_j exp(logits[i, j] − lse_i) · v_j
+
+`cap(x) = softcap · tanh(x / softcap)` when a soft cap is given. A query that sees no entry gets out = 0, lse = −inf,
+the neutral element of `merge`. All arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B,H,T,D], k and v [B,K,S,D] with H = K·G → out [B,H,T,D] in q's dtype, lse [B,H,T] fp32.
+
+    `causal`: query i of T sees entries up to S − T + i (the last T entries are the queries' own).
+    `bias`: fp32, broadcastable to [B,H,T,S], added to the logits; −inf hides an entry.
+    """
+    batch, heads, tokens, _ = q.shape
+    group = heads // k.shape[1]
+    keys = k.float().repeat_interleave(group, dim=1)
+    values = v.float().repeat_interleave(group, dim=1)
+    logits = q.float() @ keys.transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
+    if causal:
+        entries = k.shape[2]
+        hidden = torch.ones(tokens, entries, dtype=torch.bool, device=q.device).triu(entries - tokens + 1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+    if k.shape[2] == 0:
+        return q.new_zeros(batch, heads, tokens, v.shape[-1]), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    return (weights @ values).to(q.dtype), lse

@@ -1,0 +1,1 @@
+"""Exact merge of two partial attention results by their log-sum-exp."""
