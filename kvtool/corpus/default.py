@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import platform
 import re
+from functools import cache
 
 from kvtool.errors import InputError
 
@@ -28,7 +29,8 @@ def documents(half: str | None = None) -> list[str]:
     return [text for name, text in _dealt() if half in (None, name)]
 
 
-def _dealt() -> list[tuple[str, str]]:
+@cache
+def _dealt() -> tuple[tuple[str, str], ...]:
     """(half, document): the longest first, each to the half that has less so far; ties by topic name."""
     prose = _prose()
     size = dict.fromkeys(HALVES, 0)
@@ -37,7 +39,7 @@ def _dealt() -> list[tuple[str, str]]:
         half = min(HALVES, key=size.__getitem__)
         size[half] += len(prose[topic])
         dealt.append((half, prose[topic]))
-    return dealt
+    return tuple(dealt)
 
 
 def _prose() -> dict[str, str]:

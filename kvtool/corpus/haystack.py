@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtool.corpus import default
-from kvtool.corpus.base import Prompt, piece
+from kvtool.corpus.base import Prompt, Span, piece
 from kvtool.errors import InputError, unknown
 from kvtool.model import Model
 
+Part = str | list[int]  # text, or ids already made
 NOISE = (
     " The rain falls on the hills.", " The river runs to the sea.", " The wind is cold today.",
     " Clouds pass over the town.", " Then the sun comes out again.",
@@ -61,8 +63,8 @@ class Haystack:
 
 def compose(
     model: Model, haystack: Haystack, rng: random.Random, *, length: int,
-    inserts: list[tuple[float, list[str | list[int]]]], tail: list[str | list[int]],
-):  # fmt: skip
+    inserts: Sequence[tuple[float, Sequence[Part]]], tail: Sequence[Part],
+) -> tuple[Prompt, list[list[Span]]]:  # fmt: skip
     """Prompt of exactly `length` tokens: haystack, `inserts` as (depth 0..1, pieces) in it, then `tail`.
 
     Returns the prompt, and per piece its span: a list per insert (in the order given), then one for the tail.
@@ -75,7 +77,7 @@ def compose(
     if room < 1:
         raise InputError("the prompt is too short", got=f"{length} tokens", expected=f"more than {length - room}")
     body = haystack.body(room, rng)
-    spans: list[list[tuple[int, int]]] = [[] for _ in made]
+    spans: list[list[Span]] = [[] for _ in made]
     at = 0
     for index in sorted(range(len(made)), key=lambda index: made[index][0]):
         seam = body.seam(made[index][0])
@@ -86,7 +88,7 @@ def compose(
     return prompt, [*spans, [prompt.add(ids) for ids in end]]
 
 
-def _ids(model: Model, part: str | list[int]) -> list[int]:
+def _ids(model: Model, part: Part) -> list[int]:
     return piece(model, part) if isinstance(part, str) else part
 
 

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 import torch
 
 from kvtool.corpus.base import Corpus, Sample, gather, piece
-from kvtool.corpus.haystack import Haystack, compose
+from kvtool.corpus.haystack import Haystack, Part, compose
 from kvtool.errors import InputError
 from kvtool.model import Model
 
-DOORS = (
-    "red", "blue", "green", "yellow", "white", "black", "silver", "golden", "wooden", "stone", "iron", "glass", "old",
-    "narrow", "hidden", "northern", "southern", "eastern", "western", "upper",
+PLACES = (
+    "Lisbon", "Oslo", "Cairo", "Tokyo", "Madrid", "Dublin", "Vienna", "Athens", "Warsaw", "Lima", "Nairobi", "Boston",
+    "Prague", "Berlin", "Toronto", "Sydney", "Moscow", "Geneva", "Havana", "Seoul",
 )  # fmt: skip
 
 
@@ -43,11 +43,11 @@ def passkey(
             if not 0 <= depth <= 1:
                 raise InputError("a depth lies outside the text", got=depth, expected="0 to 1")
             for _ in range(keys):
-                key = piece(model, " " + _key(rng, digits), before="is")
-                needle: list[str | list[int]] = ["\n\nThe pass key is", key, ". Remember it.", key, " is the pass key.\n"]
+                key = piece(model, " " + _number(rng, digits), before=":")
+                needle = ["\n\nThe secret pass key is:", key, ". Remember it.", key, " is the secret pass key.\n"]
                 prompt, (spans, _tail) = compose(
                     model, straw, rng, length=length, inserts=[(depth, needle)],
-                    tail=["\n\nWhat is the pass key? The pass key is"],
+                    tail=["\n\nWhat is the secret pass key? The secret pass key is:"],
                 )  # fmt: skip
                 samples.append(
                     Sample(
@@ -61,37 +61,43 @@ def passkey(
 
 def multi_passkey(
     model: Model, *, length: int, passkeys: int = 10, seed: int = 0, digits: int = 5, index: int = 0,
-    haystack: str = "calibration",
+    haystack: str | Haystack = "calibration",
 ) -> Sample:  # fmt: skip
     """Training prompt number `index` of `seed`: exactly `length` tokens, `passkeys` named keys at 5 to 95 % depth.
 
     `labels` are the answers in the tail, in the tail's order; `evidence` the keys in the haystack, in the same order.
+    The keys begin with different digits (up to ten of them), so that after the first digit nothing is ambiguous.
+    A loop over `index` is faster with a `Haystack` made once.
     """
-    _check(keys=passkeys, digits=digits)
-    if passkeys > len(DOORS):
-        raise InputError("too many passkeys for one prompt", got=passkeys, expected=f"at most {len(DOORS)}")
+    _check(passkeys=passkeys, digits=digits)
+    if passkeys > len(PLACES):
+        raise InputError("too many passkeys for one prompt", got=passkeys, expected=f"at most {len(PLACES)}")
     rng = random.Random(f"{seed}/{index}")
-    doors = rng.sample(DOORS, passkeys)
-    keys = [piece(model, " " + _key(rng, digits), before="is") for _ in doors]
-    inserts: list[tuple[float, list[str | list[int]]]] = [
-        (rng.uniform(0.05, 0.95), [f"\n\nThe pass key of the {door} door is", key, ".\n"])
-        for door, key in zip(doors, keys, strict=True)
+    places = rng.sample(PLACES, passkeys)
+    leads = rng.sample("0123456789", 10)
+    keys = [
+        piece(model, " " + leads[i % 10] + (_number(rng, digits - 1) if digits > 1 else ""), before=":")
+        for i in range(passkeys)
     ]
-    tail: list[str | list[int]] = []
-    for door, key in zip(doors, keys, strict=True):
-        tail += [f"\n\nWhat is the pass key of the {door} door? The pass key of the {door} door is", key, "."]
-    prompt, (*spans, ends) = compose(model, Haystack(model, haystack), rng, length=length, inserts=inserts, tail=tail)
+    told = [(f"The pass key of {place}:", key) for place, key in zip(places, keys, strict=True)]
+    inserts = [(rng.uniform(0.05, 0.95), ["\n\n" + text, key, ".\n"]) for text, key in told]
+    tail: list[Part] = []
+    for place, (text, key) in zip(places, told, strict=True):
+        tail += [f"\n\nWhat is the pass key of {place}? {text}", key, "."]
+    straw = haystack if isinstance(haystack, Haystack) else Haystack(model, haystack)
+    prompt, (*spans, answers) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
     return Sample(
-        prompt.tokens(), "passkey", evidence=tuple(span[1] for span in spans), labels=tuple(ends[1::3]), length=length
-    )
+        prompt.tokens(), "passkey", evidence=tuple(span[1] for span in spans), labels=tuple(answers[1::3]),
+        length=length,
+    )  # fmt: skip
 
 
-def _key(rng: random.Random, digits: int) -> str:
-    """A number of exactly `digits` digits."""
+def _number(rng: random.Random, digits: int) -> str:
+    """`digits` digits, the first of them not 0."""
     return str(rng.randrange(10 ** (digits - 1), 10**digits))
 
 
-def _check(*, keys: int, digits: int) -> None:
-    for name, value in (("keys", keys), ("digits", digits)):
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
         if value < 1:
             raise InputError(f"the number of {name}", got=value, expected="1 or more")

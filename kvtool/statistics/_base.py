@@ -1,0 +1,160 @@
+"""What a statistic is: a zero, observations, and a merge that is associative and commutative.
+
+A statistic is a set of named accumulators, each with a rule: "sum" (fp64 or int64), "min" or "max". Merging two is merging each
+accumulator by its rule, so a trace of A and B is the merge of the traces of A and of B. A statistic overrides the observations it
+needs; the profiler computes only what some statistic asks for.
+
+Shapes: L layers, H query heads, K KV heads, T tokens, D head dim. All observations are of one sequence (no batch, no padding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from kvtool_kernels.attention_statistics.reference import Summary
+
+from kvtool.corpus.base import Sample
+from kvtool.errors import InputError
+from kvtool.model import Geometry, Model
+from kvtool.rotary import Rotary, Table
+
+Rule = Literal["sum", "min", "max"]
+
+@dataclass(frozen=True)
+class States:
+    """Queries, keys and values of one layer for a whole sequence, post-RoPE: q [H,T,D], k and v [K,T,D]."""
+
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    rotary: Rotary
+    table: Table | None
+    sample: Sample
+
+    @cached_property
+    def k_pre(self) -> torch.Tensor:
+        """Keys before RoPE [K,T,D], by exact inverse rotation."""
+        return self.rotary.unrotate(self.k, self.table)
+
+@dataclass(frozen=True)
+class Rows:
+    """One layer's attention over a whole sequence, already summed: see `kvtool_kernels.attention_statistics`."""
+
+    layer: int
+    summary: Summary
+    first: int  # rows from which `summary.distance` counts
+    sample: Sample
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream around one layer: before and after its attention, and after the whole layer, [T,hidden] each."""
+
+    layer: int
+    before: torch.Tensor
+    middle: torch.Tensor
+    after: torch.Tensor
+
+@dataclass(frozen=True)
+class Copying:
+    """One decode step of a needle prompt: attention of the last row per layer [L,H,S], and the token that this step generated."""
+
+    attention: torch.Tensor
+    generated: int
+    prompt: torch.Tensor
+
+class Statistic:
+    """Base of all statistics. Subclasses set `corpus`, implement `zero`, and override some of the observations."""
+
+    corpus: ClassVar[str] = "text"  # which corpus it observes
+    default: ClassVar[bool] = True  # whether a plain `profile` takes it
+
+    def __init__(self, model: Model | None, geometry: Geometry):
+        self.geometry = geometry
+        self.model = model
+        self.rules: dict[str, Rule] = {}
+        self.state: dict[str, torch.Tensor] = {}
+        self.zero()
+
+    def zero(self) -> None:
+        """Create the accumulators with `add`."""
+        raise NotImplementedError
+
+    def add(self, name: str, *shape: int, rule: Rule = "sum", dtype: torch.dtype = torch.float64) -> None:
+        """A new accumulator at its neutral element."""
+        neutral = {"sum": 0.0, "min": float("inf"), "max": float("-inf")}[rule]
+        self.rules[name], self.state[name] = rule, torch.full(shape, neutral, dtype=dtype)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.state[name]
+
+    def begin(self, sample: Sample) -> None:
+        """A sequence starts."""
+
+    def states(self, view: States) -> None:
+        """Queries, keys and values of one layer."""
+
+    def rows(self, view: Rows) -> None:
+        """Summed attention of one layer."""
+
+    def stream(self, view: Stream) -> None:
+        """Residual stream around one layer."""
+
+    def step(self, view: Copying) -> None:
+        """One decode step."""
+
+    def end(self, sample: Sample, answer: torch.Tensor | None) -> None:
+        """The sequence is over; `answer` holds the generated tokens when there was a decode."""
+
+    @classmethod
+    def observes(cls, what: str) -> bool:
+        """Does this statistic override the observation `what`?"""
+        return getattr(cls, what) is not getattr(Statistic, what)
+
+    def merge(self, other: Statistic) -> None:
+        """Fold `other` into this one; raises InputError when the shapes differ."""
+        for name, rule in self.rules.items():
+            mine, theirs = self.state[name], other.state[name]
+            if mine.shape != theirs.shape:
+                raise InputError(f"{name} differs in shape", got=tuple(theirs.shape), expected=tuple(mine.shape))
+            if rule == "sum":
+                mine += theirs
+            else:
+                self.state[name] = torch.minimum(mine, theirs) if rule == "min" else torch.maximum(mine, theirs)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the trace stores."""
+        return self.state
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `tensors`; raises InputError when one is missing."""
+        missing = sorted(set(self.rules) - set(tensors))
+        if missing:
+            raise InputError("a statistic of the trace is damaged", got=f"no {missing[0]!r}")
+        self.state = {name: tensors[name].clone() for name in self.rules}
+
+# Distances and positions are binned by half octaves, exact below 16: 0, 1, …, 15, 16–22, 23–31, 32–45, …
+_EXACT = 16
+BINS = _EXACT + 2 * 17  # up to 2^21 tokens
+
+def bin_of(distance: torch.Tensor) -> torch.Tensor:
+    """int64 distance or position → bin index."""
+    octaves = torch.log2(distance.clamp_min(1).double() / _EXACT + 1e-12)
+    return torch.where(distance < _EXACT, distance, (_EXACT + (2 * octaves + 1e-9).floor().long()).clamp_max(BINS - 1))
+
+def bin_edges() -> list[int]:
+    """The smallest distance of each bin."""
+    distance = torch.arange(1 << 21)
+    index = bin_of(distance)
+    return torch.searchsorted(index, torch.arange(BINS)).tolist()
+
+def binned(values: torch.Tensor) -> torch.Tensor:
+    """[..., N] by distance or position → [..., BINS] fp64 sums."""
+    index = bin_of(torch.arange(values.shape[-1]))
+    out = torch.zeros(*values.shape[:-1], BINS, dtype=torch.float64)
+    return out.index_add_(-1, index, values.double())
+

@@ -1,0 +1,78 @@
+"""Extreme tokens: attention sinks, value-state drains and residual peaks, which are one phenomenon (arXiv 2410.13835).
+
+    sink        mean over rows i > 0 of A[i, 0], per query head; `sink_heads` counts (sequence, head) pairs above 0.3 (threshold from memory)
+    value       ‖W_O^h v(0)‖ and its mean over the other tokens: the value drain is their ratio
+    gap         mean over rows of logit(q, k_0) − mean_{0<j≤i} logit(q, k_j)
+    stream      ‖x(0)‖ and the largest other ‖x(t)‖ before each layer and after the last; `massive` counts tokens whose largest |x| exceeds
+                100 times the layer's mean |x|
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool.statistics._base import Rows, States, Statistic, Stream
+
+SINK = 0.3
+MASSIVE = 100.0
+
+
+class Extremes(Statistic):
+    def zero(self) -> None:
+        layers, heads = self.geometry.layers, self.geometry.query_heads
+        self.add("sink", layers, heads)
+        self.add("sink_heads", layers, heads)
+        self.add("value_first", layers, heads)
+        self.add("value_rest", layers, heads)
+        self.add("gap", layers, heads)
+        self.add("stream_first", layers + 1)
+        self.add("stream_rest", layers + 1, rule="max")
+        self.add("massive", layers + 1)
+        self.add("sequences", 1)
+        self.add("tokens", 1)
+        self.metric: dict[int, torch.Tensor] = {}
+
+    def rows(self, view: Rows) -> None:
+        columns = view.summary.columns[:, :, 0].sum(1).double()
+        tokens = view.summary.columns.shape[-1]
+        mass = (columns - 1) / max(1, tokens - 1)  # row 0 sees only itself
+        self["sink"][view.layer] += mass
+        self["sink_heads"][view.layer] += mass > SINK
+
+    def states(self, view: States) -> None:
+        layer, group = view.layer, self.geometry.group
+        values = view.v.float().repeat_interleave(group, 0)
+        norm = ((values @ self._output(layer)) * values).sum(-1).clamp_min(0).sqrt()
+        self["value_first"][layer] += norm[:, 0]
+        self["value_rest"][layer] += norm[:, 1:].mean(-1) if norm.shape[1] > 1 else norm[:, 0]
+        keys = view.k.float()
+        count = torch.arange(1, keys.shape[1])[:, None]
+        others = keys[:, 1:].cumsum(1) / count
+        contrast = (keys[:, :1] - others).repeat_interleave(group, 0)
+        if len(count):
+            self["gap"][layer] += view.scale * (view.q[:, 1:].float() * contrast).sum(-1).mean(-1)
+        if layer == 0:
+            self["sequences"] += 1
+            self["tokens"] += keys.shape[1]
+
+    def stream(self, view: Stream) -> None:
+        self._residual(view.layer, view.before)
+        if view.layer == self.geometry.layers - 1:
+            self._residual(view.layer + 1, view.after)
+
+    def _residual(self, index: int, x: torch.Tensor) -> None:
+        norm = x.norm(dim=-1).double()
+        self["stream_first"][index] += norm[0]
+        if len(norm) > 1:
+            self["stream_rest"][index] = torch.maximum(self["stream_rest"][index], norm[1:].max())
+        size = x.abs()
+        self["massive"][index] += (size.amax(-1) > MASSIVE * size.mean()).sum()
+
+    def _output(self, layer: int) -> torch.Tensor:
+        """W_Oᵀ W_O per query head, [H,D,D]: ‖W_O^h v‖² = vᵀ (W_Oᵀ W_O) v."""
+        if layer not in self.metric:
+            assert self.model is not None
+            weight = self.model.output_projection(layer).float()
+            per_head = weight.unflatten(1, (self.geometry.query_heads, self.geometry.head_dim)).transpose(0, 1)
+            self.metric[layer] = per_head.transpose(1, 2) @ per_head
+        return self.metric[layer]
