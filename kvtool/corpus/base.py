@@ -1,8 +1,8 @@
 """What a corpus is: token sequences with what is known about them, and where they came from.
 
-A `Sample` is one prompt. The probes (passkey, needle, repeat, two-hop) also know the right continuation and where
-in the prompt it can be read. A `Corpus` is a tuple of samples with a JSON-able provenance, whose hash is over the
-token ids: equal hashes mean equal prompts, whatever files and options they came from.
+A `Sample` is one prompt. The probes (passkey, needle, repeat, two-hop) also know the right continuation and
+where in the prompt it can be read. A `Corpus` is a tuple of samples with a JSON-able provenance, whose hash
+is over the token ids: equal hashes mean equal prompts, whatever files and options they came from.
 
 It does not know how tokens are made; each file of this folder makes one kind.
 """
@@ -38,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Samples and where they came from: kind, sources, options, seed, samples, tokens (all together), hash."""
+    """Samples and their provenance: kind, sources, options, seed, samples, tokens (their sum), hash."""
 
     samples: tuple[Sample, ...]
     provenance: dict[str, Any]
@@ -65,35 +65,11 @@ def gather(
     )
 
 
-class Prompt:
-    """A prompt put together from pieces of text, each tokenised once, so that spans are exact.
-
-    Joining token ids is not the same as tokenising the joined string at every seam, hence `piece`.
-    """
-
-    def __init__(self, model: Model):
-        self.model = model
-        self.ids: list[int] = list(model.start)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def add(self, part: str | list[int]) -> Span:
-        """Append text, or ids already made, and return the span it fills."""
-        start = len(self.ids)
-        self.ids += piece(self.model, part) if isinstance(part, str) else part
-        return start, len(self.ids)
-
-    def tokens(self) -> torch.Tensor:
-        """int64 [T]."""
-        return torch.tensor(self.ids, dtype=torch.long)
-
-
 def piece(model: Model, text: str, before: str = ".") -> list[int]:
     """The ids that `text` gets when it follows `before`.
 
-    Tokenizers that mark word starts would put a second mark before a piece tokenised alone. Where `before` and
-    `text` share a token the ids of `text` alone are returned.
+    Tokenizers that mark word starts would put a second mark before a piece tokenised alone. Where `before`
+    and `text` share a token the ids of `text` alone are returned.
     """
     head, whole = model.ids(before).tolist(), model.ids(before + text).tolist()
     return whole[len(head) :] if whole[: len(head)] == head else model.ids(text).tolist()

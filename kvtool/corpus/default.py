@@ -1,8 +1,9 @@
 """The text that is always there: the prose of Python's own help topics (`pydoc_data.topics`).
 
-About 60,000 tokens of English technical prose. Paragraphs are unwrapped; headings' underlines, grammar, code and
-emphasis marks are dropped, and so is any paragraph that an earlier topic already had. Topics are dealt to two
-halves of about equal size, "calibration" and "held-out": what is calibrated on one can be judged on the other.
+About 60,000 tokens of English technical prose. Paragraphs are unwrapped; headings' underlines, grammar, code
+and emphasis marks are dropped, and so is any paragraph that an earlier topic already had. Topics are dealt to
+two halves of about equal size, "calibration" and "held-out": what is calibrated on one can be judged on the
+other.
 
 It depends on the Python that runs it; `SOURCE` names the version and goes into every provenance.
 """
@@ -43,7 +44,9 @@ def _dealt() -> tuple[tuple[str, str], ...]:
 
 
 def _prose() -> dict[str, str]:
-    """Topic → its paragraphs of prose. Short topics come first, so a chapter loses what a section of it has."""
+    """Topic → its paragraphs of prose. Short topics come first, so a chapter loses what a section of it
+    has.
+    """
     topics = _topics()
     seen: set[str] = set()
     prose = {}
@@ -65,7 +68,7 @@ def _topics() -> dict[str, str]:
     except ImportError as error:
         raise InputError(
             "this Python comes without its help topics, the default text",
-            remedy="name a text file or folder as the source, or install your distribution's full python package",
+            remedy="name a text file or folder as the source, or install the full Python package",
         ) from error
     return topics
 

@@ -1,8 +1,8 @@
-"""The text that needles are hidden in: sentences of the default text or a few sentences of noise, without end.
+"""The text that needles are hidden in: sentences of the default text, or a few of noise, without end.
 
-A haystack is a ring of tokenised sentences. `Haystack.body(n)` takes exactly n tokens from a random place; the first
-sentence may be cut at its beginning, the last one ends whole, and `seams` are the positions between sentences, so
-what is inserted never splits one. A ring shorter than n comes round again.
+A haystack is a ring of tokenised sentences. `Haystack.body(n)` takes exactly n tokens from a random place;
+the first sentence may be cut at its beginning, the last one ends whole, and `seams` are the positions between
+sentences, so what is inserted never splits one. A ring shorter than n comes round again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from kvtool.corpus import default
-from kvtool.corpus.base import Prompt, Span, piece
+from kvtool.corpus.base import Span, piece
 from kvtool.errors import InputError, unknown
 from kvtool.model import Model
 
@@ -34,6 +36,8 @@ class Body:
 
     def seam(self, depth: float) -> int:
         """The last seam at or before the given share (0..1) of the body; 0 when there is none."""
+        if not 0 <= depth <= 1:
+            raise InputError("a depth lies outside the text", got=depth, expected="0 to 1")
         return max((seam for seam in self.seams if seam <= depth * len(self.tokens)), default=0)
 
 
@@ -62,30 +66,39 @@ class Haystack:
 
 
 def compose(
-    model: Model, haystack: Haystack, rng: random.Random, *, length: int,
-    inserts: Sequence[tuple[float, Sequence[Part]]], tail: Sequence[Part],
-) -> tuple[Prompt, list[list[Span]]]:  # fmt: skip
+    model: Model,
+    haystack: Haystack,
+    rng: random.Random,
+    *,
+    length: int,
+    inserts: Sequence[tuple[float, Sequence[Part]]],
+    tail: Sequence[Part],
+) -> tuple[torch.Tensor, list[list[Span]]]:
     """Prompt of exactly `length` tokens: haystack, `inserts` as (depth 0..1, pieces) in it, then `tail`.
 
-    Returns the prompt, and per piece its span: a list per insert (in the order given), then one for the tail.
-    Raises InputError when inserts and tail leave no room for the haystack.
+    Every piece is tokenised by itself, so that spans are exact. Returns the tokens, int64 [length], and the
+    spans of the pieces: a list per insert (in the order given), then one for the tail. Raises InputError when
+    inserts and tail leave no room for the haystack, or a depth lies outside it.
     """
-    made = [(depth, [_ids(model, part) for part in parts]) for depth, parts in inserts]
-    end = [_ids(model, part) for part in tail]
-    prompt = Prompt(model)
-    room = length - len(prompt) - sum(len(i) for _, parts in made for i in parts) - sum(len(i) for i in end)
+    made = [[_ids(model, part) for part in parts] for parts in (*(parts for _, parts in inserts), tail)]
+    room = length - len(model.start) - sum(len(ids) for parts in made for ids in parts)
     if room < 1:
-        raise InputError("the prompt is too short", got=f"{length} tokens", expected=f"more than {length - room}")
+        raise InputError(
+            "the prompt is too short", got=f"{length} tokens", expected=f"{length - room + 1} or more"
+        )
     body = haystack.body(room, rng)
+    places = [*(body.seam(depth) for depth, _ in inserts), room]
     spans: list[list[Span]] = [[] for _ in made]
-    at = 0
-    for index in sorted(range(len(made)), key=lambda index: made[index][0]):
-        seam = body.seam(made[index][0])
-        prompt.add(body.tokens[at:seam])
-        at = seam
-        spans[index] = [prompt.add(ids) for ids in made[index][1]]
-    prompt.add(body.tokens[at:])
-    return prompt, [*spans, [prompt.add(ids) for ids in end]]
+    prompt, at = list(model.start), 0
+    for index in sorted(
+        range(len(made)), key=places.__getitem__
+    ):  # stable: the tail is the last of its place
+        prompt += body.tokens[at : places[index]]
+        at = places[index]
+        for ids in made[index]:
+            spans[index].append((len(prompt), len(prompt) + len(ids)))
+            prompt += ids
+    return torch.tensor(prompt, dtype=torch.long), spans
 
 
 def _ids(model: Model, part: Part) -> list[int]:
@@ -93,7 +106,7 @@ def _ids(model: Model, part: Part) -> list[int]:
 
 
 def _sentences(half: str) -> list[str]:
-    """Sentences with the white space that comes before each: a space, or a blank line at a paragraph's start."""
+    """Sentences, each with the white space before it: a space, or a blank line where a paragraph starts."""
     sentences = []
     for document in default.documents(half):
         for paragraph in document.split("\n\n"):

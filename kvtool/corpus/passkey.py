@@ -1,15 +1,17 @@
 """Passkeys: digits hidden in a haystack, to be said again at the end.
 
-`passkey` makes the evaluation grid, one raw (non-chat) prompt per length, depth and key, whose greedy continuation
-is the key. `multi_passkey` makes the training prompts of DuoAttention (arXiv:2410.10819): several named keys in one
-haystack, and a tail that asks for each and gives the answer, so that one forward pass grades them all.
+`passkey` makes the evaluation grid, one raw (non-chat) prompt per length, depth and key, whose greedy
+continuation is the key. `multi_passkey` makes the training prompts of DuoAttention (arXiv:2410.10819):
+several named keys in one haystack, and a tail that asks for each and gives the answer, so that one forward
+pass grades them all.
 
-Keys come with the token that a word's end puts before them (a space, in most tokenizers): `answer` and each span
-decode to the digits with white space around.
+Keys come with the token that a word's end puts before them (a space, in most tokenizers): `answer` and each
+span decode to the digits with white space around.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -20,81 +22,85 @@ from kvtool.corpus.haystack import Haystack, Part, compose
 from kvtool.errors import InputError
 from kvtool.model import Model
 
+TOLD = "The secret pass key is:"
 PLACES = (
-    "Lisbon", "Oslo", "Cairo", "Tokyo", "Madrid", "Dublin", "Vienna", "Athens", "Warsaw", "Lima", "Nairobi", "Boston",
-    "Prague", "Berlin", "Toronto", "Sydney", "Moscow", "Geneva", "Havana", "Seoul",
+    "Lisbon", "Oslo", "Cairo", "Tokyo", "Madrid", "Dublin", "Vienna", "Athens", "Warsaw", "Lima", "Nairobi",
+    "Boston", "Prague", "Berlin", "Toronto", "Sydney", "Moscow", "Geneva", "Havana", "Seoul",
 )  # fmt: skip
 
 
 def passkey(
-    model: Model, *, lengths: Sequence[int] = (1000, 2000), depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
-    keys: int = 4, digits: int = 5, seed: int = 0, haystack: str = "default",
-) -> Corpus:  # fmt: skip
+    model: Model,
+    *,
+    lengths: Sequence[int] = (1000, 2000),
+    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    keys: int = 4,
+    digits: int = 5,
+    seed: int = 0,
+    haystack: str = "default",
+) -> Corpus:
     """One sample per (length in tokens, depth 0..1, key); `haystack` is "default" (held-out half) or "noise".
 
-    `evidence` holds both places where the key is told. Raises InputError for a bad grid or a too short length.
+    `evidence` holds both places where the key is told. Raises InputError for a bad grid or a too short
+    length.
     """
     _check(keys=keys, digits=digits)
     straw = Haystack(model, haystack)
     rng = random.Random(seed)
     samples = []
-    for length in lengths:
-        for depth in depths:
-            if not 0 <= depth <= 1:
-                raise InputError("a depth lies outside the text", got=depth, expected="0 to 1")
-            for _ in range(keys):
-                key = piece(model, " " + _number(rng, digits), before=":")
-                needle = ["\n\nThe secret pass key is:", key, ". Remember it.", key, " is the secret pass key.\n"]
-                prompt, (spans, _tail) = compose(
-                    model, straw, rng, length=length, inserts=[(depth, needle)],
-                    tail=["\n\nWhat is the secret pass key? The secret pass key is:"],
-                )  # fmt: skip
-                samples.append(
-                    Sample(
-                        prompt.tokens(), "passkey", answer=torch.tensor(key), evidence=(spans[1], spans[3]),
-                        length=length, depth=depth,
-                    )  # fmt: skip
-                )
+    for length, depth in itertools.product(lengths, depths):
+        for number in numbers(rng, keys, digits):
+            key = piece(model, f" {number}", before=":")
+            needle: list[Part] = [f"\n\n{TOLD}", key, ". Remember it.", key, " is the secret pass key.\n"]
+            tail = [f"\n\nWhat is the secret pass key? {TOLD}"]
+            tokens, (spans, _) = compose(
+                model, straw, rng, length=length, inserts=[(depth, needle)], tail=tail
+            )
+            answer, evidence = torch.tensor(key), (spans[1], spans[3])
+            samples.append(Sample(tokens, "passkey", answer, evidence, length=length, depth=depth))
     options = dict(lengths=list(lengths), depths=list(depths), keys=keys, digits=digits, haystack=haystack)
     return gather("passkey", samples, seed=seed, options=options, sources=[straw.source])
 
 
 def multi_passkey(
-    model: Model, *, length: int, passkeys: int = 10, seed: int = 0, digits: int = 5, index: int = 0,
+    model: Model,
+    *,
+    length: int,
+    passkeys: int = 10,
+    seed: int = 0,
+    digits: int = 5,
+    index: int = 0,
     haystack: str | Haystack = "calibration",
-) -> Sample:  # fmt: skip
-    """Training prompt number `index` of `seed`: exactly `length` tokens, `passkeys` named keys at 5 to 95 % depth.
+) -> Sample:
+    """Training prompt number `index` of `seed`: exactly `length` tokens, `passkeys` keys at seeded depths.
 
-    `labels` are the answers in the tail, in the tail's order; `evidence` the keys in the haystack, in the same order.
-    The keys begin with different digits (up to ten of them), so that after the first digit nothing is ambiguous.
-    A loop over `index` is faster with a `Haystack` made once.
+    `labels` are the answers in the tail, in the tail's order; `evidence` the keys in the haystack, in the
+    same order. The keys begin with different digits (up to ten of them), so that after the first digit
+    nothing is ambiguous. A loop over `index` is faster with a `Haystack` made once.
     """
     _check(passkeys=passkeys, digits=digits)
     if passkeys > len(PLACES):
         raise InputError("too many passkeys for one prompt", got=passkeys, expected=f"at most {len(PLACES)}")
     rng = random.Random(f"{seed}/{index}")
     places = rng.sample(PLACES, passkeys)
-    leads = rng.sample("0123456789", 10)
-    keys = [
-        piece(model, " " + leads[i % 10] + (_number(rng, digits - 1) if digits > 1 else ""), before=":")
-        for i in range(passkeys)
-    ]
+    keys = [piece(model, f" {number}", before=":") for number in numbers(rng, passkeys, digits)]
     told = [(f"The pass key of {place}:", key) for place, key in zip(places, keys, strict=True)]
-    inserts = [(rng.uniform(0.05, 0.95), ["\n\n" + text, key, ".\n"]) for text, key in told]
+    inserts: list[tuple[float, list[Part]]] = [
+        (rng.uniform(0.05, 0.95), ["\n\n" + text, key, ".\n"]) for text, key in told
+    ]
     tail: list[Part] = []
     for place, (text, key) in zip(places, told, strict=True):
         tail += [f"\n\nWhat is the pass key of {place}? {text}", key, "."]
     straw = haystack if isinstance(haystack, Haystack) else Haystack(model, haystack)
-    prompt, (*spans, answers) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
-    return Sample(
-        prompt.tokens(), "passkey", evidence=tuple(span[1] for span in spans), labels=tuple(answers[1::3]),
-        length=length,
-    )  # fmt: skip
+    tokens, (*spans, answers) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
+    evidence = tuple(span[1] for span in spans)
+    return Sample(tokens, "passkey", evidence=evidence, labels=tuple(answers[1::3]), length=length)
 
 
-def _number(rng: random.Random, digits: int) -> str:
-    """`digits` digits, the first of them not 0."""
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
+def numbers(rng: random.Random, count: int, digits: int) -> list[str]:
+    """`count` numbers of `digits` digits that begin with different digits, up to ten of them."""
+    leads = rng.sample("0123456789", 10)
+    return [leads[i % 10] + "".join(rng.choices("0123456789", k=digits - 1)) for i in range(count)]
 
 
 def _check(**counts: int) -> None:

@@ -1,6 +1,7 @@
 """The kinds of corpus by name. This folder is the registry: a file that is not a helper holds one builder.
 
-A builder is a function with the name of its file, `builder(model, *, options) -> Corpus`. Listing imports nothing.
+A builder is a function with the name of its file, `builder(model, *, options) -> Corpus`. Listing imports
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from kvtool.corpus.base import Corpus
     from kvtool.model import Model
 
-HELPERS = {"__init__", "base", "default", "haystack", "registry"}
+HELPERS = {"__init__", "base", "default", "haystack", "registry", "sources"}
 TYPED = {"twohop": "two-hop"}  # where the kind's name is no module name
 
 

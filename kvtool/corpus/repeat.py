@@ -1,8 +1,9 @@
-"""A random string of tokens repeated: whatever is predicted from the second copy on is read from the earlier ones.
+"""A random string of tokens repeated: whatever is predicted from the second copy on is read from the earlier
+ones.
 
-Induction and echo heads show themselves here (RazorAttention, arXiv:2407.15891): tokens = start + R·copies with the
-R ids independent and uniform over the ordinary vocabulary, or over [low, high) of it. The released scorer of that
-paper used copies = 4 and R = 2500 ids out of [10000, 12500). Needs no tokenizer.
+Induction and echo heads show themselves here (RazorAttention, arXiv:2407.15891): tokens = start + R·copies
+with the R ids independent and uniform over the ordinary vocabulary, or over [low, high) of it. The released
+scorer of that paper used copies = 4 and R = 2500 ids out of [10000, 12500). Needs no tokenizer.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from kvtool.model import Model
 
 
 def repeat(
-    model: Model | int, *, period: int = 256, copies: int = 4, samples: int = 4, seed: int = 0, low: int = 0,
+    model: Model | int,
+    *,
+    period: int = 256,
+    copies: int = 4,
+    samples: int = 4,
+    seed: int = 0,
+    low: int = 0,
     high: int | None = None,
-) -> Corpus:  # fmt: skip
+) -> Corpus:
     """`samples` prompts of start + `period`·`copies` tokens; `model` may also be just a vocabulary size.
 
     Raises InputError for counts below 1 or a range that holds no ordinary token.
@@ -39,7 +46,9 @@ def repeat(
 
 
 def _ordinary(model: Model | int, low: int, high: int | None) -> list[int]:
-    """The ids of [low, high) that stand for text: no control tokens, no rows that merely pad the embedding."""
+    """The ids of [low, high) that stand for text: no control tokens, no rows that merely pad the
+    embedding.
+    """
     size = model if isinstance(model, int) else model.geometry.vocabulary
     special: set[int] = set()
     if not isinstance(model, int) and model.tokenizer is not None:

@@ -1,8 +1,9 @@
-"""Two facts that must be joined: whose pet is called what, and where the pet of that name lives.
+"""Two facts that must be joined: where somebody lives, and the pass key of that place.
 
-Several owners are told in the same words, so a head that only matches the question's words finds the pet's name but
-not yet its home. The answer says both, " Rex. Rex lives in Oslo": the second half can only be read after the first.
-Facts are scattered over the text; one further owner is the worked example that the tail begins with.
+Several people and places are told of in the same words, so the words of the question alone lead to the place
+but not to its key. The answer says both, " Oslo. The pass key of Oslo: 4821": its end can only be read after
+its beginning. The facts lie scattered over the text in any order. One further person is the worked example
+that the tail begins with, so that a small base model sees what form the answer has.
 """
 
 from __future__ import annotations
@@ -13,54 +14,64 @@ from collections.abc import Sequence
 import torch
 
 from kvtool.corpus.base import Corpus, Sample, gather, piece
-from kvtool.corpus.haystack import Haystack, compose
+from kvtool.corpus.haystack import Haystack, Part, compose
+from kvtool.corpus.passkey import PLACES, numbers
 from kvtool.errors import InputError
 from kvtool.model import Model
 
-OWNERS = ("Anna", "Peter", "Maria", "Thomas", "Julia", "Oscar", "Helen", "Victor", "Clara", "Martin")
-PETS = ("Rex", "Bella", "Milo", "Luna", "Bruno", "Daisy", "Felix", "Ruby", "Jasper", "Penny")
-HOMES = ("Oslo", "Lisbon", "Cairo", "Dublin", "Vienna", "Athens", "Lima", "Prague", "Geneva", "Boston")
+PEOPLE = ("Anna", "Peter", "Maria", "Thomas", "Julia", "Oscar", "Helen", "Victor", "Clara", "Martin")
+MOST = len(PEOPLE) - 2
 
 
 def twohop(
-    model: Model, *, lengths: Sequence[int] = (1000, 2000), samples: int = 8, distractors: int = 2, seed: int = 0,
-    haystack: str = "held-out",
-) -> Corpus:  # fmt: skip
-    """`samples` prompts per length (tokens, exact), with `distractors` owners besides the asked one and the example.
+    model: Model,
+    *,
+    lengths: Sequence[int] = (1000, 2000),
+    samples: int = 4,
+    distractors: int = 1,
+    digits: int = 4,
+    seed: int = 0,
+    haystack: str = "default",
+) -> Corpus:
+    """`samples` prompts per length (tokens, exact); `distractors` people besides the two of the tail.
 
-    `evidence` is the pet's name in its owner's sentence and the home in the pet's sentence; `depth` (0..1) is where
-    the deeper of the two lies, counted from the start. Raises InputError for counts that the lists do not hold.
+    `evidence` is the place in its person's sentence and the key in the place's sentence; `depth` (0..1) is
+    where the earlier of the two lies. Raises InputError for counts out of range and for a too short length.
     """
-    most = len(OWNERS) - 2
-    if samples < 1 or not 0 <= distractors <= most:
+    if samples < 1 or digits < 1 or not 0 <= distractors <= MOST:
         raise InputError(
-            "the two-hop corpus", got=f"{samples} samples with {distractors} distractors",
-            expected=f"1 sample or more, 0 to {most} distractors",
-        )  # fmt: skip
+            "the two-hop corpus",
+            got=f"{samples} samples, {digits} digits, {distractors} distractors",
+            expected=f"1 sample and 1 digit or more, 0 to {MOST} distractors",
+        )
     straw = Haystack(model, haystack)
     rng = random.Random(seed)
-    made = [_sample(model, straw, rng, length, distractors) for length in lengths for _ in range(samples)]
-    options = dict(lengths=list(lengths), samples=samples, distractors=distractors, haystack=haystack)
+    made = [
+        _sample(model, straw, rng, length, distractors + 2, digits)
+        for length in lengths
+        for _ in range(samples)
+    ]
+    options = dict(
+        lengths=list(lengths), samples=samples, distractors=distractors, digits=digits, haystack=haystack
+    )
     return gather("two-hop", made, seed=seed, options=options, sources=[straw.source])
 
 
-def _sample(model: Model, straw: Haystack, rng: random.Random, length: int, distractors: int) -> Sample:
-    count = distractors + 2
-    owners, pets, homes = (rng.sample(names, count) for names in (OWNERS, PETS, HOMES))
-    called = [piece(model, " " + pet, before="called") for pet in pets]
-    living = [piece(model, " " + home, before="in") for home in homes]
-    inserts = []
-    for owner, pet, name, home in zip(owners, pets, called, living, strict=True):
-        inserts.append((rng.uniform(0.02, 0.98), [f"\n\n{owner}'s dog is called", name, ".\n"]))
-        inserts.append((rng.uniform(0.02, 0.98), [f"\n\n{pet} lives in", home, ".\n"]))
-    example = [f"\n\nWhere does {owners[1]}'s dog live? {owners[1]}'s dog is called", called[1]]
-    example += [f". {pets[1]} lives in", living[1], "."]
-    ask = f"\n\nWhere does {owners[0]}'s dog live? {owners[0]}'s dog is called"
-    prompt, (first, second, *_rest) = compose(
-        model, straw, rng, length=length, inserts=inserts, tail=[*example, ask]
-    )
-    answer = called[0] + piece(model, f". {pets[0]} lives in", before=pets[0]) + living[0]
-    return Sample(
-        prompt.tokens(), "two-hop", answer=torch.tensor(answer), evidence=(first[1], second[1]), length=length,
-        depth=min(first[1][0], second[1][0]) / length,
-    )  # fmt: skip
+def _sample(
+    model: Model, straw: Haystack, rng: random.Random, length: int, count: int, digits: int
+) -> Sample:
+    """One prompt about `count` people: the first is asked for, the second is the worked example."""
+    people, places = rng.sample(PEOPLE, count), rng.sample(PLACES, count)
+    homes = [piece(model, f" {place}", before=":") for place in places]
+    keys = [piece(model, f" {number}", before=":") for number in numbers(rng, count, digits)]
+    inserts: list[tuple[float, list[Part]]] = []
+    for person, place, home, key in zip(people, places, homes, keys, strict=True):
+        inserts.append((rng.uniform(0.02, 0.98), [f"\n\nThe home of {person}:", home, "."]))
+        inserts.append((rng.uniform(0.02, 0.98), [f"\n\nThe pass key of {place}:", key, "."]))
+    ask = "\n\nWhat is the pass key of the home of {0}? The home of {0}:"
+    join = [piece(model, f". The pass key of {place}:", before=place) for place in places]
+    tail: list[Part] = [ask.format(people[1]), homes[1], join[1], keys[1], ".", ask.format(people[0])]
+    tokens, (first, second, *_) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
+    answer, evidence = torch.tensor(homes[0] + join[0] + keys[0]), (first[1], second[1])
+    depth = min(first[1][0], second[1][0]) / length
+    return Sample(tokens, "two-hop", answer, evidence, length=length, depth=depth)

@@ -92,6 +92,9 @@ class Statistic:
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.state[name]
 
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self.state[name] = value
+
     def begin(self, sample: Sample) -> None:
         """A sequence starts."""
 
