@@ -15,9 +15,11 @@ from kvtool_kernels.attention_statistics.reference import Summary
 from kvtool_kernels.ops import attend, attention_statistics
 from transformers.cache_utils import Cache
 
+from kvtool import registry
 from kvtool.corpus.base import Corpus, Sample
 from kvtool.files import digest
 from kvtool.model import Attention, Layer, Model
+from kvtool.raw import Raw
 from kvtool.statistics._base import Copying, Rows, States, Statistic, Stream
 from kvtool.trace import Trace, statistic
 
@@ -27,22 +29,27 @@ Progress = Callable[[str, Sample], None]
 
 def default_statistics() -> list[str]:
     """Names of the statistics that a plain profile takes."""
-    from kvtool.registry import names
-
-    return [name for name in names("statistics") if statistic(name).default]
+    return [name for name in registry.names("statistics") if statistic(name).default]
 
 
 def profile(
-    model: Model, trace: Trace, corpora: dict[str, Corpus], *, progress: Progress = lambda kind, sample: None
+    model: Model,
+    trace: Trace,
+    corpora: dict[str, Corpus],
+    *,
+    progress: Progress = lambda kind, sample: None,
+    raw: Raw | None = None,
 ) -> dict[str, float]:
     """Observe every sample of `corpora` (by kind) that `trace` has not seen, in place; seconds spent per statistic.
+
+    `raw` writes the tensors of the text samples to disk besides.
 
     A KeyboardInterrupt leaves the trace valid: the sample under way is not in it.
     """
     costs: dict[str, float] = {}
     for kind, corpus in corpora.items():
         listeners = {name: stat for name, stat in trace.statistics.items() if stat.corpus == kind}
-        if not listeners:
+        if not listeners and not (raw and kind == "text"):
             continue
         done = trace.done.setdefault(kind, [])
         if corpus.provenance["hash"] not in [part["hash"] for part in trace.corpora.setdefault(kind, [])]:
@@ -52,7 +59,7 @@ def profile(
             if key in done:
                 continue
             fresh = {name: type(stat)(model, model.geometry) for name, stat in listeners.items()}
-            _observe(model, sample, fresh, costs)
+            _observe(model, sample, fresh, costs, raw if kind == "text" else None)
             for name, stat in listeners.items():
                 stat.merge(fresh[name])
             done.append(key)
@@ -60,8 +67,10 @@ def profile(
     return costs
 
 
-def _observe(model: Model, sample: Sample, listeners: dict[str, Statistic], costs: dict[str, float]) -> None:
-    watch = _Watch(listeners, costs)
+def _observe(
+    model: Model, sample: Sample, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None
+) -> None:
+    watch = _Watch(listeners, costs, raw)
     watch.all("begin", sample)
     with model.served(), torch.no_grad():
         answer = _copying(model, sample, watch) if watch.wants("step") else None
@@ -73,11 +82,11 @@ def _observe(model: Model, sample: Sample, listeners: dict[str, Statistic], cost
 class _Watch:
     """The listeners of one sample, with a clock on each."""
 
-    def __init__(self, listeners: dict[str, Statistic], costs: dict[str, float]):
-        self.listeners, self.costs = listeners, costs
+    def __init__(self, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None):
+        self.listeners, self.costs, self.raw = listeners, costs, raw
 
     def wants(self, what: str) -> bool:
-        return any(stat.observes(what) for stat in self.listeners.values())
+        return (what == "states" and self.raw is not None) or any(stat.observes(what) for stat in self.listeners.values())
 
     def cells(self) -> int:
         return max((getattr(stat, "cells", 1) for stat in self.listeners.values()), default=1)
@@ -87,6 +96,9 @@ class _Watch:
             if stat.observes(what):
                 with self.clock(name):
                     getattr(stat, what)(*views)
+        if what == "states" and self.raw is not None:
+            with self.clock("(raw)"):
+                self.raw.states(*views)
 
     def clock(self, name: str) -> _Clock:
         return _Clock(self.costs, name)

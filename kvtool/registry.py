@@ -25,7 +25,8 @@ def module(folder: str, name: str, kind: str) -> ModuleType:
     stem = name.replace("-", "_").lower()
     if stem.startswith("_") or not (ROOT / folder / f"{stem}.py").is_file():
         raise unknown(kind, name, names(folder))
-    return importlib.import_module(f"kvtool.{folder}.{stem}")
+    dotted = folder.replace("/", ".")
+    return importlib.import_module(f"kvtool.{dotted}.{stem}")
 
 
 def summary(folder: str, name: str) -> str:

@@ -34,9 +34,10 @@ def statistic(name: str) -> type[Statistic]:
 
 @dataclass
 class Trace:
-    """`statistics` by name; `corpora` maps a corpus kind to the provenance of each part; `done` lists sample digests by kind."""
+    """`source`: the model's name as given; `statistics` by name; `corpora` maps a corpus kind to the provenance of each part; `done` lists sample digests by kind."""
 
     model: dict[str, Any]
+    source: str = ""
     statistics: dict[str, Statistic] = field(default_factory=dict)
     corpora: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     done: dict[str, list[str]] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Trace:
             "kind": "trace",
             "schema": SCHEMA,
             "model": self.model,
+            "source": self.source,
             "statistics": sorted(self.statistics),
             "corpora": self.corpora,
             "done": self.done,
@@ -106,7 +108,7 @@ def read(path: str) -> Trace:
     """Read a trace; raises InputError for anything that is not a whole trace of this schema."""
     header, tensors = files.read(path, kind="trace", schema=SCHEMA)
     try:
-        trace = Trace(header["model"], {}, header["corpora"], header["done"], header["complete"])
+        trace = Trace(header["model"], header["source"], {}, header["corpora"], header["done"], header["complete"])
         for name in header["statistics"]:
             stat = statistic(name)(None, trace.geometry)
             prefix = f"{name}/"

@@ -90,9 +90,8 @@ def compose(
     places = [*(body.seam(depth) for depth, _ in inserts), room]
     spans: list[list[Span]] = [[] for _ in made]
     prompt, at = list(model.start), 0
-    for index in sorted(
-        range(len(made)), key=places.__getitem__
-    ):  # stable: the tail is the last of its place
+    order = sorted(range(len(made)), key=places.__getitem__)  # stable: the tail comes last
+    for index in order:
         prompt += body.tokens[at : places[index]]
         at = places[index]
         for ids in made[index]:

@@ -26,15 +26,15 @@ NEEDLES = (
     ("What did the clockmaker of Varnholm keep in his cellar?",
      "The clockmaker of Varnholm kept in his cellar", " seven brass owls and a barrel of plums."),
     ("Where can one best watch the lanterns of Orrin Bay?",
-     "The best place to watch the lanterns of Orrin Bay is", " the flat roof of the old salt market."),
+     "The best place to watch the lanterns of Orrin Bay is", " the flat roof behind an old salt market."),
     ("What does the ferry to Tessaly carry on Mondays?",
-     "On Mondays the ferry to Tessaly carries", " nothing but goats, letters and wet flour."),
+     "On Mondays the ferry to Tessaly carries", " a hundred letters, two goats and wet flour."),
     ("What is the secret of Aunt Maribel's soup?",
      "The secret of Aunt Maribel's soup is", " a burnt onion with two spoons of cider."),
     ("Who won the stone-skipping contest of 1894?",
      "The stone-skipping contest of 1894 was won by", " a left-handed baker called Odile Frank."),
     ("What must every visitor of the Glass Library bring?",
-     "Every visitor of the Glass Library must bring", " a pair of felt slippers and a pencil."),
+     "Every visitor of the Glass Library must bring", " a pair of felt slippers and one pencil."),
     ("Why is the bridge at Kolm painted orange?",
      "The bridge at Kolm is painted orange because", " the town once bought too much boat paint."),
     ("Who guards the orchard on Pell Hill?",
@@ -63,7 +63,7 @@ def needle(
     for length, depth, _ in itertools.product(lengths, depths, range(samples)):
         question, opening, rest = order[len(made) % len(order)]
         ids = piece(model, rest, before=opening)
-        planted: list[Part] = [f"\n\n{opening}", ids, "\n"]
+        planted: list[Part] = [f"\n\n{opening}", ids]
         inserts, tail = [(depth, planted)], [f"\n\n{question} {opening}"]
         tokens, (spans, _) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
         answer = torch.tensor(ids)

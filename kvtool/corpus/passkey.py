@@ -51,7 +51,7 @@ def passkey(
     for length, depth in itertools.product(lengths, depths):
         for number in numbers(rng, keys, digits):
             key = piece(model, f" {number}", before=":")
-            needle: list[Part] = [f"\n\n{TOLD}", key, ". Remember it.", key, " is the secret pass key.\n"]
+            needle: list[Part] = [f"\n\n{TOLD}", key, ". Remember it.", key, " is the secret pass key."]
             tail = [f"\n\nWhat is the secret pass key? {TOLD}"]
             tokens, (spans, _) = compose(
                 model, straw, rng, length=length, inserts=[(depth, needle)], tail=tail
@@ -86,7 +86,7 @@ def multi_passkey(
     keys = [piece(model, f" {number}", before=":") for number in numbers(rng, passkeys, digits)]
     told = [(f"The pass key of {place}:", key) for place, key in zip(places, keys, strict=True)]
     inserts: list[tuple[float, list[Part]]] = [
-        (rng.uniform(0.05, 0.95), ["\n\n" + text, key, ".\n"]) for text, key in told
+        (rng.uniform(0.05, 0.95), ["\n\n" + text, key, "."]) for text, key in told
     ]
     tail: list[Part] = []
     for place, (text, key) in zip(places, told, strict=True):

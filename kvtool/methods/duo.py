@@ -84,7 +84,7 @@ def train(context: Context, options: Options, eligible: torch.Tensor) -> tuple[t
         optimiser.step()
         with torch.no_grad():
             alpha.clamp_(0.0, 1.0)
-        losses.append(float(distance))
+        losses.append(distance.item())
         now = best(alpha.detach(), round(options.full * int(eligible.sum())), eligible, context.seed)
         settled = settled + 1 if chosen is not None and torch.equal(now, chosen) else 0
         chosen = now

@@ -1,0 +1,248 @@
+"""The command line: parsing and printing, nothing else.
+
+Tables, progress and warnings go to stderr. Stdout carries only data: the path of what was written, or one JSON record with `--json`.
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from click import ClickException
+from click.exceptions import Abort, Exit
+
+from kvtool import __version__
+from kvtool.config import expand
+from kvtool.errors import InputError, RunFailed
+
+app = typer.Typer(
+    name="kvtool", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="What does a model do with its KV cache, how should that cache be compressed, and does it still work then?\n\n"
+    "profile -> analyze -> calibrate -> replay. Each writes one file; the next reads it; - is stdin or stdout.\n\n"
+    "    kvtool replay smollm2 --plan $(kvtool calibrate --method razor $(kvtool profile smollm2 --for razor))",
+)  # fmt: skip
+
+Output = Annotated[
+    str | None, typer.Option("-o", "--output", help="File to write; - for stdout.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON record on stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option; may be repeated.")
+]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or smollm2 (demo model).")
+]
+
+
+@app.command()
+def profile(
+    model: ModelName,
+    output: Output = None,
+    text: Annotated[list[str], typer.Option(help="Text files, folders, .jsonl, - (stdin), or default.")] = ["default"],
+    field: Annotated[str, typer.Option(help="Field of .jsonl lines that holds the text.")] = "text",
+    tokens: Annotated[int, typer.Option(help="Tokens per text sample.")] = 2048,
+    samples: Annotated[int, typer.Option(help="Number of text samples.")] = 4,
+    cut: Annotated[str, typer.Option(help="pack documents end to end, or cut at documents.")] = "pack",
+    stat: Annotated[list[str], typer.Option(help="A statistic to take; may be repeated. Default: all usual ones.")] = [],
+    for_: Annotated[list[str], typer.Option("--for", metavar="METHOD", help="Take what these methods need.")] = [],
+    settings: Settings = [],
+    raw: Annotated[str | None, typer.Option(help="Also write raw tensors: any of k,v,q,attention.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of --raw, like 0,3-5.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads of --raw, like 0,3-5.")] = None,
+    raw_tokens: Annotated[int | None, typer.Option(help="First tokens of each sample for --raw.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted profile of the same name.")] = False,
+    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", force: Force = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Stream statistics of keys, values and attention into a trace.
+
+    Probes have options of their own: --set needle.lengths=1000,2000 --set repeat.period=512 (see kvtool methods --probes).
+    """
+    from kvtool.commands import profile as profile_command
+
+    options = {"sources": text, "field": field, "tokens": tokens, "samples": samples, "cut": cut}
+    raw_options = {"kinds": raw, "layers": layers, "heads": heads, "tokens": raw_tokens} if raw else None
+    record = profile_command.run(
+        model, output, options, stat, for_, settings, raw_options, resume, seed, device, dtype, force
+    )
+    _emit(record, as_json)
+
+
+@app.command()
+def merge(
+    traces: Annotated[list[str], typer.Argument(metavar="TRACE...", help="Traces of one model.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="File to write; - for stdout.")],
+    force: Force = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Add traces up: the trace of A and B is the merge of the traces of A and of B."""
+    from kvtool.commands import merge as merge_command
+
+    _emit(merge_command.run(traces, output, force), as_json)
+
+
+@app.command()
+def analyze(
+    trace: Annotated[str, typer.Argument(help="A trace; - for stdin.")],
+    findings: Annotated[list[str] | None, typer.Argument(help="heads, layers, spectra, channels, sinks.")] = None,
+    figures: Annotated[str | None, typer.Option(metavar="DIR", help="Draw the figures into this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Say what a trace shows: tables here, figures with --figures, everything with --json."""
+    from kvtool.commands import analyze as analyze_command
+
+    record = analyze_command.run(trace, findings or [], figures)
+    if as_json:
+        print(json.dumps(record))
+    elif figures:
+        print(*record["figures"], sep="\n")
+
+
+@app.command()
+def calibrate(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A trace (- for stdin), or a model: then it is profiled first.")],
+    method: Annotated[str, typer.Option(help="A method; see kvtool methods.")],
+    output: Output = None,
+    settings: Settings = [],
+    steps: Annotated[int | None, typer.Option(help="Training steps, for methods that train.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Prompt lengths in tokens, for methods that train.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted calibration.")] = False,
+    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", force: Force = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Turn a trace, or a model, into a plan."""
+    from kvtool.commands import calibrate as calibrate_command
+
+    chosen = settings + [f"{k}={v}" for k, v in (("steps", steps), ("lengths", lengths)) if v is not None]
+    _emit(calibrate_command.run(source, method, output, chosen, resume, seed, device, dtype, force), as_json)
+
+
+@app.command()
+def compose(
+    plans: Annotated[list[str], typer.Argument(metavar="PLAN...", help="Plans of one model that fill different slots.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="File to write; - for stdout.")],
+    force: Force = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Join plans that fill different slots into one."""
+    from kvtool.commands import compose as compose_command
+
+    _emit(compose_command.run(plans, output, force), as_json)
+
+
+@app.command()
+def replay(
+    model: ModelName,
+    plan: Annotated[str, typer.Option(help="A plan, - for stdin, or the name of one in calibrations/.")],
+    tasks: Annotated[str, typer.Option(help="What to measure.")] = "passkey,text,generation,speed",
+    lengths: Annotated[str | None, typer.Option(help="Prompt lengths of the passkey grid, tokens.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Depths of the passkey grid, 0 to 1.")] = None,
+    keys: Annotated[int | None, typer.Option(help="Keys per point of the grid.")] = None,
+    settings: Settings = [],
+    strict: Annotated[bool, typer.Option("--strict", help="Windowed heads see only their window in prefill too.")] = False,
+    chunk: Annotated[int, typer.Option(help="Prefill in chunks of this many tokens (0: at once).")] = 0,
+    fail_if: Annotated[list[str], typer.Option(metavar="BOUND", help="Exit 1 if true, like 'recall<0.9'.")] = [],
+    output: Output = None,
+    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", force: Force = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Generate with the full cache and with the plan's, and judge quality, bytes and speed.
+
+    Tasks have options: --set text.tokens=128 --set speed.length=4096.
+    """
+    from kvtool.commands import replay as replay_command
+
+    grid = (("passkey.lengths", lengths), ("passkey.depths", depths), ("passkey.keys", keys))
+    chosen = settings + [f"{key}={value}" for key, value in grid if value is not None]
+    record, broken = replay_command.run(
+        model, plan, tasks, chosen, strict, chunk, fail_if, output, seed, device, dtype, force
+    )
+    if as_json:
+        print(json.dumps(record))
+    elif output and output != "-":
+        print(output)
+    if broken:
+        raise RunFailed("broken bound: " + "; ".join(broken))
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A trace or a plan; - for stdin.")], as_json: AsJson = False
+) -> None:
+    """Explain any file that kvtool wrote: what, from which model and corpus, shapes and sizes."""
+    from kvtool.commands import inspect as inspect_command
+
+    record = inspect_command.run(file)
+    if as_json:
+        print(json.dumps(record))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method to explain.")] = None,
+    probes: Annotated[bool, typer.Option("--probes", help="List corpora and their options instead.")] = False,
+    statistics: Annotated[bool, typer.Option("--statistics", help="List statistics instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, or explain one."""
+    from kvtool.commands import methods as methods_command
+
+    record = methods_command.run(name, "corpus" if probes else "statistics" if statistics else "methods")
+    if as_json:
+        print(json.dumps(record))
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    config: Annotated[str | None, typer.Option(help="YAML file of options; the command line wins.")] = None,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+def _emit(record: dict[str, Any], as_json: bool) -> None:
+    """Print what was written: its path, or the whole record."""
+    if as_json and record["output"] != "-":
+        print(json.dumps(record))
+    elif record["output"] != "-":
+        print(record["output"])
+
+
+def main() -> None:
+    """Run, and turn every failure into one line and an exit code: 1 the run failed, 2 bad usage or bad input."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = app(args=expand(arguments), prog_name="kvtool", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code or 0)
+    except Exit as stop:
+        sys.exit(stop.exit_code)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader went away: nothing to tell anybody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (InputError, RunFailed) as error:
+        if debug:
+            raise
+        _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"kvtool: {text}", file=sys.stderr)
+    sys.exit(code)

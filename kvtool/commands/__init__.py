@@ -1,0 +1,1 @@
+"""What each subcommand does between parsing and printing: one file per command, each with `run`."""

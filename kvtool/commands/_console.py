@@ -1,0 +1,64 @@
+"""Stderr for people: tables, progress, notes. Stdout is never touched here."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False, soft_wrap=False)
+
+
+def note(text: str) -> None:
+    """One line for the person at the terminal."""
+    console.print(text, markup=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; numbers are set right, text left."""
+    rows = [[_cell(value) for value in row] for row in rows]
+    view = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for index, name in enumerate(columns):
+        numeric = bool(rows) and all(_NUMBER.fullmatch(row[index]) for row in rows)
+        view.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        view.add_row(*row)
+    console.print(view)
+    console.print()
+
+
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?[×%]?( [kMG]?B| m?s)?|–|")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("[", "\\[")
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr; the yielded function takes (text, steps done since the last call)."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("[dim]{task.fields[text]}"), console=console, transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(what, total=total, text="")
+        yield lambda text, done=1: bar.update(task, advance=done, text=text)
+
+
+def size(count: float) -> str:
+    """Bytes for people, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+def slug(name: str) -> str:
+    """A model's name as part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", name.rstrip("/").split("/")[-1]).removesuffix(".gguf")

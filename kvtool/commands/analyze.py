@@ -1,0 +1,33 @@
+"""`kvtool analyze`: a trace → findings as tables, JSON and figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvtool import registry, trace
+from kvtool.analyze import _base
+from kvtool.commands._console import note, table
+from kvtool.errors import InputError
+
+
+def run(path: str, names: list[str], figures: str | None) -> dict[str, Any]:
+    """All findings that the trace has statistics for, or those named; returns the record that `--json` prints."""
+    seen = trace.read(path)
+    findings = []
+    for name in names or registry.names("analyze"):
+        try:
+            findings.append(_base.run(seen, name))
+        except InputError as error:
+            if names:
+                raise
+            note(f"skipped {name}: {error}")
+    if not findings:
+        raise InputError(f"{path} supports no finding", got=", ".join(sorted(seen.statistics)) or "no statistics")
+    written: list[str] = []
+    for finding in findings:
+        table(finding.name, finding.columns, finding.rows)
+        note(finding.headline + "\n")
+        if figures is not None:
+            written += _base.save_figures(finding, figures)
+    record = {"kind": "findings", "trace": path, "findings": {f.name: {"headline": f.headline, **f.data} for f in findings}}
+    return {**record, "figures": written}

@@ -1,0 +1,60 @@
+"""`kvtool calibrate`: a trace or a model → a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvtool import files, options, trace
+from kvtool.calibrate import calibrate, method
+from kvtool.commands import _corpora
+from kvtool.commands._console import note, progress, slug
+from kvtool.commands.profile import take
+from kvtool.model import Model, load
+from kvtool.trace import Trace, statistic
+
+TEXT = {"sources": ["default"], "tokens": 2048, "samples": 4}  # what a plain profile reads
+
+
+def run(
+    source: str, name: str, output: str | None, settings: list[str], resume: bool, seed: int, device: str, dtype: str,
+    force: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the record that `--json` prints."""
+    module = method(name)
+    values = options.pairs(settings)
+    options.build(module.Options, values, name)  # bad options are told before any work
+    is_trace = source == "-" or (Path(source).is_file() and not source.endswith(".gguf"))
+    seen = trace.read(source) if is_trace else None
+    model_name = source if seen is None else seen.source
+    output = output or f"{slug(model_name)}.{name}.plan.safetensors"
+    files.check_output(output, force=force)
+    if seen is not None:
+        seen.need(*module.STATISTICS)
+    model = load(model_name, dtype=dtype, device=device) if seen is None or module.MODEL else None
+    if seen is None and module.STATISTICS and model is not None:
+        seen = _profiled(model, model_name, module.STATISTICS, seed)
+    state = None if output == "-" else Path(f"{output}.part")
+    if state is not None and not resume:
+        state.unlink(missing_ok=True)
+    try:
+        with progress(f"calibrate {name}", 1) as advance:
+            plan = calibrate(
+                name, values, model=model, trace=seen, seed=seed, state=state,
+                progress=lambda done, total, text: advance(f"step {done} of {total}: {text}", 0),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if state is not None and state.exists():
+            note(f"interrupted: --resume continues from {state}")
+        raise
+    plan.write(output, force=force)
+    return {"output": output, "kind": "plan", "method": name, "options": plan.options, "facts": plan.provenance["facts"]}
+
+
+def _profiled(model: Model, name: str, statistics: tuple[str, ...], seed: int) -> Trace:
+    seen = Trace(model.fingerprint, name, {stat: statistic(stat)(model, model.geometry) for stat in statistics})
+    corpora = _corpora.build(model, {stat.corpus for stat in seen.statistics.values()}, TEXT, [], seed)
+    take(model, seen, corpora, "-")
+    return seen
+
+

@@ -1,0 +1,33 @@
+"""`kvtool methods`: list what there is, or explain one method."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from kvtool import calibrate, options, registry
+from kvtool.commands._console import note, table
+from kvtool.corpus import registry as corpora
+
+
+def run(name: str | None, what: str) -> dict[str, Any]:
+    """Returns the record that `--json` prints."""
+    if what == "corpus":
+        rows = []
+        for kind in corpora.names():
+            parameters = list(inspect.signature(corpora.builder(kind)).parameters.values())[1:]
+            rows.append((kind, ", ".join(f"{p.name}={p.default}" for p in parameters)))
+        table("corpora and their options", ("kind", "options"), rows)
+        return {"corpora": dict(rows)}
+    if name is None:
+        rows = [(entry, registry.summary(what, entry)) for entry in registry.names(what)]
+        table(what, ("name", "what it does"), rows)
+        return {what: dict(rows)}
+    module = calibrate.method(name)
+    note(inspect.getdoc(module) or "")
+    needs = [f"the statistics {', '.join(module.STATISTICS)}"] if module.STATISTICS else []
+    needs += ["the model itself"] if module.MODEL else []
+    note(f"\nNeeds {' and '.join(needs) or 'only the geometry of a model'}.\n")
+    rows = options.describe(module.Options)
+    table("options (--set name=value)", ("name", "default", "meaning"), rows)
+    return {"method": name, "statistics": list(module.STATISTICS), "model": module.MODEL, "options": rows}

@@ -1,0 +1,116 @@
+"""`kvtool replay`: a model and a plan → a verdict against the full cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvtool import files, options, plan
+from kvtool.commands import _corpora
+from kvtool.commands._console import progress, size, table
+from kvtool.errors import InputError
+from kvtool.model import load
+from kvtool.replay.subject import Subject
+from kvtool.replay.verdict import Verdict, parse, replay, task
+
+SHELVES = (Path(__file__).parents[2] / "calibrations", Path(__file__).parents[1] / "calibrations")  # checkout, wheel
+
+
+def run(
+    name: str, plan_path: str, tasks: str, settings: list[str], strict: bool, chunk: int, bounds: list[str],
+    output: str | None, seed: int, device: str, dtype: str, force: bool,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """Returns the record that `--json` prints, and the bounds that are broken."""
+    chosen = _tasks(tasks, settings)
+    for bound in bounds:
+        parse(bound)
+    if chunk < 0:
+        raise InputError("bad --chunk", got=chunk, expected="0 or more tokens")
+    if output is not None:
+        files.check_output(output, force=force)
+    read = plan.read(find(plan_path))
+    model = load(name, dtype=dtype, device=device)
+    read.check(model.fingerprint)
+    subject = Subject(model, read, "strict" if strict else "official", chunk, seed)
+    with progress("replay", sum(task(key).units(value) for key, value in chosen.items())) as advance:
+        verdict = replay(subject, chosen, lambda text: advance(text, 1))
+    show(verdict)
+    record = verdict.record()
+    broken = verdict.broken(bounds)
+    if output == "-":
+        print(json.dumps(record))
+    elif output is not None:
+        files.replace(Path(output), json.dumps(record, indent=1).encode())
+    return record, broken
+
+
+def find(path: str) -> str:
+    """A plan's path, or the path of the ready-made plan of that name; raises InputError when there is neither."""
+    if path == "-" or Path(path).exists():
+        return path
+    ready = {file.name.removesuffix(".plan.safetensors"): file for shelf in SHELVES for file in shelf.glob("*.plan.safetensors")}
+    if path not in ready:
+        raise InputError(
+            "no such plan", got=path, expected="a file" + (f", or one of {', '.join(sorted(ready))}" if ready else "")
+        )
+    return str(ready[path])
+
+
+def _tasks(tasks: str, settings: list[str]) -> dict[str, Any]:
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise InputError("no tasks", expected="some of passkey,text,generation,speed")
+    scoped = _corpora.scoped(settings)
+    for scope in scoped:
+        if scope not in names:
+            raise InputError("a setting for a task that does not run", got=scope, expected="one of " + ", ".join(names))
+    return {name: options.build(task(name).Options, scoped.get(name, {}), name) for name in names}
+
+
+def show(verdict: Verdict) -> None:
+    """The verdict for people: one table, the passkey grid, the texts side by side."""
+    facts, m = verdict.facts, verdict.metrics
+    title = f"{facts['plan']['method']} on {facts['model']} · {facts['protocol']} prefill · {facts['dtype']} on {facts['device']}"
+    rows = [
+        (label, form(m[full]) if full in m else "–", form(m[mine]), form_ratio(m, mine, full, ratio))
+        for label, mine, full, ratio, form in _ROWS
+        if mine in m
+    ]
+    for name, result in verdict.results.items():
+        shower = getattr(task(name), "show", None)
+        if shower is not None:
+            columns, lines = shower(result)
+            table(name, columns, lines)
+    table(f"verdict: {title}", ("", "full cache", "this plan", "ratio"), rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+_ROWS = (
+    ("passkey recall", "recall", "recall_full", None, _number),
+    ("perplexity, held-out text", "perplexity", "perplexity_full", "perplexity_ratio", _number),
+    ("KL from full, nats", "kl", "", None, _number),
+    ("top-1 agreement", "agreement", "", None, _number),
+    ("same tokens before parting", "same_tokens", "", None, _number),
+    ("bytes held", "bytes_held", "bytes_held_full", "bytes_ratio", size),
+    ("bytes read per decode step", "bytes_read", "bytes_read_full", "", size),
+    ("bytes moved", "bytes_moved", "", None, size),
+    ("prefill", "prefill_seconds", "prefill_seconds_full", "prefill_ratio", _seconds),
+    ("decode step", "decode_seconds", "decode_seconds_full", "decode_ratio", _seconds),
+)
+
+
+def form_ratio(metrics: dict[str, float], mine: str, full: str, ratio: str | None) -> str:
+    """The ratio column: a metric of its own, or mine over full."""
+    if ratio is None:
+        return ""
+    return f"{metrics[ratio] if ratio else metrics[mine] / metrics[full]:.3f}×"
+
+

@@ -1,0 +1,72 @@
+"""The two sides of a replay, and the three moves: prefill, one decode step, greedy generation.
+
+Every token after the prompt, and the prompt's last token, goes through a decode step, so what is judged is decoding under the
+compressed cache, never the dense prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvtool.cache.segment_cache import Protocol, SegmentCache
+from kvtool.model import Model
+from kvtool.plan import Plan
+
+Progress = Callable[[str], None]
+SIDES = ("full", "plan")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, a plan, and how prompts are fed. `chunk` is the prefill chunk in tokens, 0 for the whole prompt at once."""
+
+    model: Model
+    plan: Plan
+    protocol: Protocol = "official"
+    chunk: int = 0
+    seed: int = 0
+
+    def cache(self, side: str, prompt_length: int) -> SegmentCache:
+        """A fresh cache: the full one, or the plan's."""
+        plan = self.plan if side == "plan" else None
+        return SegmentCache(self.model, plan, protocol=self.protocol, prompt_length=prompt_length)
+
+    def prefill(self, cache: SegmentCache, tokens: torch.Tensor) -> None:
+        """tokens int64 [B,T] without padding."""
+        size = self.chunk or max(1, tokens.shape[1])
+        with self.model.served(), torch.no_grad():
+            for start in range(0, tokens.shape[1], size):
+                piece = tokens[:, start : start + size].to(self.model.device)
+                self.model.network.base_model(input_ids=piece, past_key_values=cache)
+
+    def step(self, cache: SegmentCache, tokens: torch.Tensor) -> torch.Tensor:
+        """One decode step: tokens int64 [B,1] → logits fp32 [B,V]."""
+        with self.model.served(), torch.no_grad():
+            output = self.model.network(input_ids=tokens.to(self.model.device), past_key_values=cache)
+        return output.logits[:, -1].float()
+
+    def greedy(self, cache: SegmentCache, prompts: torch.Tensor, steps: int) -> torch.Tensor:
+        """prompts int64 [B,T] → the next `steps` tokens, int64 [B,steps], stop tokens not heeded."""
+        self.prefill(cache, prompts[:, :-1])
+        token, out = prompts[:, -1:], []
+        for _ in range(steps):
+            token = self.step(cache, token).argmax(-1, keepdim=True)
+            out.append(token.cpu())
+        return torch.cat(out, dim=1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """`metrics`: flat numbers that `--fail-if` can bound; `detail`: everything else, JSON-able."""
+
+    metrics: dict[str, float]
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+def batches(items: list[Any], size: int) -> Iterable[list[Any]]:
+    """Consecutive lists of at most `size`."""
+    return (items[start : start + size] for start in range(0, len(items), size))

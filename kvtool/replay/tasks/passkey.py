@@ -1,0 +1,67 @@
+"""Passkey recall over a grid of prompt length × depth: is every token of the key generated, greedily?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtool.corpus.passkey import passkey
+from kvtool.replay.subject import SIDES, Progress, Result, Subject, batches
+
+
+@dataclass(frozen=True)
+class Options:
+    """lengths: prompt lengths, tokens. depths: where the key lies, 0 to 1. keys: keys per point. batch: prompts decoded together."""
+
+    lengths: tuple[int, ...] = (1000, 2000)
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    keys: int = 4
+    batch: int = 4
+
+
+def run(subject: Subject, options: Options, progress: Progress) -> Result:
+    corpus = passkey(
+        subject.model, lengths=options.lengths, depths=options.depths, keys=options.keys, seed=subject.seed
+    )
+    hits: dict[str, dict[tuple[int, float], list[bool]]] = {side: {} for side in SIDES}
+    for length in options.lengths:
+        samples = [sample for sample in corpus.samples if sample.length == length]
+        for group in batches(samples, options.batch):
+            prompts = torch.stack([sample.tokens for sample in group])
+            steps = max(len(sample.answer) for sample in group)
+            for side in SIDES:
+                out = subject.greedy(subject.cache(side, length), prompts, steps)
+                for sample, row in zip(group, out, strict=True):
+                    found = torch.equal(row[: len(sample.answer)], sample.answer)
+                    hits[side].setdefault((length, sample.depth), []).append(found)
+            progress(f"passkey {length} tokens")
+    grid = [
+        {"length": length, "depth": depth, "keys": len(found), **{side: _mean(hits[side][length, depth]) for side in SIDES}}
+        for (length, depth), found in hits["full"].items()
+    ]
+    recall = {side: _mean([hit for found in hits[side].values() for hit in found]) for side in SIDES}
+    metrics = {"recall": recall["plan"], "recall_full": recall["full"]}
+    return Result(metrics, {"grid": grid, "corpus": corpus.provenance})
+
+
+def units(options: Options) -> int:
+    """How many times `progress` is called."""
+    return len(options.lengths) * -(-len(options.depths) * options.keys // options.batch)
+
+
+def _mean(hits: list[bool]) -> float:
+    return sum(hits) / len(hits)
+
+
+def show(result: Result):
+    """Recall by prompt length and depth: (columns, rows) for the terminal."""
+    lengths = sorted({point["length"] for point in result.detail["grid"]})
+    depths = sorted({point["depth"] for point in result.detail["grid"]})
+    cell = {(point["length"], point["depth"]): point for point in result.detail["grid"]}
+    rows = [
+        (f"{side}, {length} tokens", *(f"{cell[length, depth][side]:.2f}" for depth in depths))
+        for length in lengths
+        for side in SIDES
+    ]
+    return ("passkey at depth", *(f"{depth:.0%}" for depth in depths)), rows

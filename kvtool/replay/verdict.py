@@ -1,0 +1,72 @@
+"""One replay: run the tasks, collect one verdict, and hold it to bounds. It knows no task by name."""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from kvtool import registry
+from kvtool.errors import InputError, unknown
+from kvtool.replay.subject import Progress, Result, Subject
+
+_OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Results by task, and how they came about."""
+
+    results: dict[str, Result]
+    facts: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: value for result in self.results.values() for name, value in result.metrics.items()}
+
+    def record(self) -> dict[str, Any]:
+        """One JSON-able document."""
+        return {**self.facts, "metrics": self.metrics, "tasks": {name: r.detail for name, r in self.results.items()}}
+
+    def broken(self, bounds: list[str]) -> list[str]:
+        """The bounds ("recall<0.9" fails when true) that this verdict breaks; raises InputError for a bound it cannot read."""
+        found = []
+        for bound in bounds:
+            name, compare, limit = parse(bound)
+            if name not in self.metrics:
+                raise unknown("metric", name, self.metrics)
+            if compare(self.metrics[name], limit):
+                found.append(f"{bound} (it is {self.metrics[name]:.4g})")
+        return found
+
+
+def parse(bound: str):
+    """ "recall<0.9" → (name, comparison, limit)."""
+    match = re.fullmatch(r"\s*([\w-]+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", bound)
+    try:
+        name, sign, limit = match.groups() if match else ("", "", "")
+        return name.replace("-", "_"), _OPERATORS[sign], float(limit)
+    except (KeyError, ValueError) as error:
+        raise InputError("cannot read the bound", got=repr(bound), expected="like 'recall<0.9' or 'bytes_ratio>0.6'") from error
+
+
+def task(name: str):
+    """The module of one task."""
+    return registry.module("replay/tasks", name, "task")
+
+
+def replay(subject: Subject, tasks: dict[str, Any], progress: Progress = lambda text: None) -> Verdict:
+    """Run the tasks, given as name → options."""
+    results = {name: task(name).run(subject, options, progress) for name, options in tasks.items()}
+    facts = {
+        "kind": "verdict",
+        "model": subject.model.name,
+        "plan": {"method": subject.plan.method, "options": subject.plan.options},
+        "protocol": subject.protocol,
+        "chunk": subject.chunk,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "device": str(subject.model.device),
+        "seed": subject.seed,
+    }
+    return Verdict(results, facts)
