@@ -7,6 +7,7 @@ Weights are large enough for attention to be peaked: a cache that loses an entry
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +127,12 @@ def build(name: str, seed: int = 0) -> Model:
     return EVERY[name](seed)
 
 
+@functools.cache
+def shared(name: str) -> Model:
+    """The same object for every test that asks; whoever changes it builds a fresh one instead."""
+    return build(name)
+
+
 def random_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """int64 [batch, tokens]."""
     return torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
@@ -185,7 +192,7 @@ def induction_model() -> Model:
     network.lm_head.weight[:, prediction] = codes
     for layer, squares in enumerate((2.0, 3.0)):  # the norm undoes itself: every token's stream has this squared length
         network.model.layers[layer].input_layernorm.weight.fill_((squares / hidden) ** 0.5)
-    network.model.norm.weight.fill_(1.0)
+    network.model.norm.weight.fill_(2.0)  # sharpens the prediction
 
     pair = torch.arange(TURNING, width // 2)
     still = torch.cat([pair, pair + width // 2])  # channels that RoPE hardly turns, CODE of them

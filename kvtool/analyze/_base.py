@@ -9,7 +9,7 @@ Shapes: L layers, H query heads, K KV heads, D head dim, C = K·D channels of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,8 @@ NOTHING = "–"  # a cell without a value
 
 @dataclass(frozen=True)
 class Finding:
-    """`columns` and `rows` are for a terminal of 100 columns, numbers already rounded; `data` is JSON-able and
-    holds everything; `figures` maps a file stem to what draws it.
+    """`columns` and `rows` are for a terminal of 100 columns, numbers already rounded; `data` is JSON-able
+    and holds everything; `figures` maps a file stem to what draws it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Finding:
     columns: tuple[str, ...]
     rows: list[tuple[Cell, ...]]
     data: dict[str, Any]
-    figures: dict[str, Callable[[Figure], None]] = field(default_factory=dict)
+    figures: Mapping[str, Callable[[Figure], None]] = field(default_factory=dict)
 
 
 def run(trace: Trace, name: str) -> Finding:
@@ -103,7 +103,7 @@ def cell(value: float | torch.Tensor, decimals: int = 2) -> Cell:
     number = float(value)
     if not math.isfinite(number):
         return NOTHING
-    return round(number, decimals) if decimals else round(number)
+    return round(number, decimals) + 0.0 if decimals else round(number)  # + 0.0: no negative zero
 
 
 def shown(layers: int) -> list[int]:

@@ -6,7 +6,7 @@ uniform and monotone in lightness. No global state of matplotlib is touched outs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,17 @@ import torch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.colors import Colormap, LogNorm, Normalize
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 WIDE, NARROW = 7.0, 3.4
 MAGNITUDE = "magma_r"  # light is little, dark is much
-INKS = ("#1b1b3a", "#c2410c", "#3b8ea5", "#8f8f8f", "#d9a404", "#9d6bb0")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-MARKS = ("o", "s", "^", "D", "v", "x")
+INKS = ("#1b1b3a", "#c2410c", "#3b8ea5", "#7b3f8f", "#d9a404", "#a8a8a8")
+FILLS = ("#1b1b3a", "#7a8fb5", "#dfc27d")  # of bars: dark, middle, light
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-")
+MARKS = ("o", "s", "^")
 
-RC: dict[str, Any] = {
+RC: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -58,17 +58,55 @@ def style() -> Iterator[None]:
         yield
 
 
-def panels(figure: Figure, rows: int, columns: int, width: float, height: float, **options: Any) -> list[Axes]:
+def panels(
+    figure: Figure, rows: int, columns: int, width: float, height: float, **options: Any
+) -> list[Axes]:
     """`rows` × `columns` axes in reading order on a figure of this size."""
     figure.set_size_inches(width, height)
     return list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def heat(axis: Axes, values: torch.Tensor, *, norm: Normalize | None = None, **options: Any) -> AxesImage:
-    """values [rows, columns] as a heat map with a frame; what is NaN stays white."""
-    image = axis.imshow(values.numpy(), aspect=options.pop("aspect", "auto"), cmap=MAGNITUDE, norm=norm, **options)
-    axis.spines[:].set_visible(True)
-    return image
+def heats(
+    figure: Figure,
+    axes: Sequence[Axes],
+    matrices: Mapping[str, torch.Tensor],
+    label: str,
+    norm: Normalize,
+    extent: tuple[float, float, float, float] | None = None,
+    aspect: str = "auto",
+) -> None:
+    """Heat maps [rows, columns] by title, framed, with one scale and one colour bar; NaN stays white."""
+    images = [
+        axis.imshow(values.numpy(), aspect=aspect, cmap=MAGNITUDE, norm=norm, extent=extent)
+        for axis, values in zip(axes, matrices.values(), strict=True)
+    ]
+    for axis, title in zip(axes, matrices, strict=True):
+        axis.set_title(title)
+        axis.spines[:].set_visible(True)
+    bar(figure, images[0], axes, label)
+
+
+def linear(most: float = 1.0) -> Normalize:
+    """A scale from 0 to `most`."""
+    from matplotlib.colors import Normalize
+
+    return Normalize(0, most)
+
+
+def logarithmic(*values: torch.Tensor) -> LogNorm:
+    """A logarithmic scale of the positive values, from their first percentile to the largest."""
+    from matplotlib.colors import LogNorm
+
+    positive = torch.cat([part[part > 0].flatten() for part in values]).double().sort().values
+    if not len(positive):
+        return LogNorm(0.1, 1.0, clip=True)
+    low, high = float(positive[len(positive) // 100]), float(positive[-1])
+    return LogNorm(low, max(high, 1.1 * low), clip=True)
+
+
+def line(index: int) -> dict[str, Any]:
+    """The look of the line `index` of a plot with marks."""
+    return {"color": INKS[index], "linestyle": DASHES[index], "marker": MARKS[index]}
 
 
 def groups(axis: Axes, count: int, size: int, colour: str = "0.6") -> None:
@@ -86,7 +124,7 @@ def whole(*axes: Axes) -> None:
 
 
 def depth(layers: int) -> Colormap:
-    """Colour by depth: call it with layer / (L − 1). Dark is the first layer; the palest tones are left out."""
+    """Colour by depth: call it with layer / (L − 1). Dark is the first layer; the palest are left out."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
@@ -102,7 +140,7 @@ def depth_bar(figure: Figure, axes: Sequence[Axes], layers: int) -> None:
     bar(figure, scale, axes, "layer")
 
 
-def bar(figure: Figure, scale: Any, axes: Sequence[Axes] | Axes, label: str) -> None:
+def bar(figure: Figure, scale: Any, axes: Sequence[Axes], label: str) -> None:
     """A slim colour bar to the right of `axes`."""
-    made = figure.colorbar(scale, ax=axes, label=label, pad=0.02, aspect=30)
-    made.outline.set_linewidth(0.6)  # type: ignore[operator]
+    made = figure.colorbar(scale, ax=axes, label=label, pad=0.02, fraction=0.05, aspect=30)
+    made.outline.set_linewidth(0.6)

@@ -15,13 +15,14 @@ console = Console(stderr=True, highlight=False, soft_wrap=False)
 
 def note(text: str) -> None:
     """One line for the person at the terminal."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; numbers are set right, text left."""
     rows = [[_cell(value) for value in row] for row in rows]
-    view = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    view = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
     for index, name in enumerate(columns):
         numeric = bool(rows) and all(_NUMBER.fullmatch(row[index]) for row in rows)
         view.add_column(name, justify="right" if numeric else "left", overflow="fold")

@@ -1,9 +1,9 @@
 """Two facts that must be joined: where somebody lives, and the pass key of that place.
 
 Several people and places are told of in the same words, so the words of the question alone lead to the place
-but not to its key. The answer says both, " Oslo. The pass key of Oslo: 4821": its end can only be read after
-its beginning. The facts lie scattered over the text in any order. One further person is the worked example
-that the tail begins with, so that a small base model sees what form the answer has.
+but not to its key. The answer says both, " Oslo. The pass key that opens Oslo: 4821": its end can only be
+read after its beginning. The facts lie scattered over the text in any order. One further person is the worked
+example that the tail begins with, so that a small base model sees what form the answer has.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def _sample(
 ) -> Sample:
     """One prompt about `count` people: the first is asked for, the second is the worked example."""
     people, places = rng.sample(PEOPLE, count), rng.sample(PLACES, count)
-    homes = [piece(model, f" {place}", before=":") for place in places]
+    homes = [piece(model, f" {place}", before="in") for place in places]
     keys = [piece(model, f" {number}", before=":") for number in numbers(rng, count, digits)]
     inserts: list[tuple[float, list[Part]]] = []
     for person, place, home, key in zip(people, places, homes, keys, strict=True):
-        inserts.append((rng.uniform(0.02, 0.98), [f"\n\nThe home of {person}:", home, "."]))
-        inserts.append((rng.uniform(0.02, 0.98), [f"\n\nThe pass key of {place}:", key, "."]))
-    ask = "\n\nWhat is the pass key of the home of {0}? The home of {0}:"
-    join = [piece(model, f". The pass key of {place}:", before=place) for place in places]
+        inserts.append((rng.uniform(0.02, 0.98), [f"\n\n{person} lives in", home, "."]))
+        inserts.append((rng.uniform(0.02, 0.98), [f"\n\nThe pass key that opens {place}:", key, "."]))
+    ask = "\n\nWhat is the pass key of the place where {0} lives? {0} lives in"
+    join = [piece(model, f". The pass key that opens {place}:", before=place) for place in places]
     tail: list[Part] = [ask.format(people[1]), homes[1], join[1], keys[1], ".", ask.format(people[0])]
     tokens, (first, second, *_) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
     answer, evidence = torch.tensor(homes[0] + join[0] + keys[0]), (first[1], second[1])

@@ -38,12 +38,12 @@ class Options:
     full: float = 0.5
     sink: int = 16
     recent: int = 64
-    steps: int = 200
-    lengths: tuple[int, ...] = (512, 768)
+    steps: int = 100
+    lengths: tuple[int, ...] = (512,)
     passkeys: int = 5
-    lr: float = 0.02
+    lr: float = 0.04
     l1: float = 0.05
-    patience: int = 40
+    patience: int = 20
     own_full: bool = False
 
 

@@ -16,11 +16,11 @@ def test_the_answer_needs_both_facts(demo):
 
     for sample in twohop(demo, lengths=(400,), distractors=2).samples:
         place, key = (read(sample.tokens[start:end]) for start, end in sample.evidence)
-        assert read(sample.answer) == f"{place}. The pass key of{place}:{key}"
+        assert read(sample.answer) == f"{place}. The pass key that opens{place}:{key}"
         prompt = read(sample.tokens)
-        person = prompt.rsplit("The home of ", 1)[1].removesuffix(":")
-        assert prompt.count(f"The home of {person}:{place}.") == 1
-        assert prompt.count(f"The pass key of{place}:{key}.") == 1
+        person = prompt.removesuffix(" lives in").rsplit(" ", 1)[1]
+        assert prompt.count(f"{person} lives in{place}.") == 1
+        assert prompt.count(f"The pass key that opens{place}:{key}.") == 1
         assert person not in read(sample.answer)
         assert sample.depth == min(start for start, _ in sample.evidence) / 400
 
@@ -29,7 +29,7 @@ def test_the_answer_needs_both_facts(demo):
 def test_distractors_are_told_in_the_same_words(demo, distractors):
     prompt = demo.tokenizer.decode(twohop(demo, lengths=(600,), distractors=distractors).samples[0].tokens)
     facts, _tail = prompt.split("What is the pass key", 1)
-    assert facts.count("The home of ") == facts.count("The pass key of ") == distractors + 2
+    assert facts.count(" lives in ") == facts.count("The pass key that opens ") == distractors + 2
 
 
 @pytest.mark.parametrize("options", [{"samples": 0}, {"digits": 0}, {"distractors": MOST + 1}])

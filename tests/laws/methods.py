@@ -1,0 +1,108 @@
+"""One row per method: small settings, lossless settings, and a ladder of growing budgets. The laws run over these rows.
+
+A new method gets a row here and is then held to every law; `test_methods.py` fails while it has none.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvtool.calibrate import calibrate, method
+from kvtool.methods._base import full_attention
+from kvtool.model import Model
+from kvtool.plan import EVERYTHING, Keep, Plan
+from kvtool.profile import profile
+from kvtool.trace import Trace, statistic
+from tests import models
+from tests.corpora import corpora
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """tiny: lossy within a few tokens. lossless: on sequences of up to 900 tokens. ladder: growing budgets, the last one lossless;
+    for the induction model and repeats of 24 tokens."""
+
+    tiny: tuple[Options, ...]
+    lossless: tuple[Options, ...]
+    ladder: tuple[Options, ...]
+
+
+DUO: Options = dict(steps=3, lengths=(160,), passkeys=1)
+ROWS = {
+    "streaming": Row(
+        tiny=(dict(sink=2, recent=5), dict(sink=0, recent=3), dict(sink=1, recent=6, position="original")),
+        lossless=(dict(recent=900), dict(recent=900, position="original")),
+        ladder=tuple(dict(sink=1, recent=recent, position="original") for recent in (2, 12, 30, 200)),
+    ),
+    "razor": Row(
+        tiny=(dict(induction=0.3, echo=0.2, sink=2, recent=5, recent_ratio=0.0),),
+        lossless=(dict(induction=1.0), dict(induction=0.0, recent=900)),
+        ladder=tuple(
+            dict(induction=share, echo=0.0, sink=1, recent=4, recent_ratio=0.0, compensate=False)
+            for share in (0.0, 0.125, 0.5, 1.0)
+        ),
+    ),
+    "duo": Row(
+        tiny=(DUO | dict(full=0.4, sink=2, recent=5),),
+        lossless=(DUO | dict(full=1.0), DUO | dict(full=0.0, recent=900)),
+        ladder=tuple(DUO | dict(full=share, sink=1, recent=4, lr=0.2, steps=6) for share in (0.0, 0.125, 0.5, 1.0)),
+    ),
+}
+
+
+def plan(name: str, model: Model, settings: Options, *, seed: int = 0) -> Plan:
+    """Calibrate one method as the command line does, on tiny corpora."""
+    statistics = method(name).STATISTICS
+    made = trace(model, statistics) if statistics else None
+    return calibrate(name, settings, model=models.with_tokenizer(model), trace=made, seed=seed)
+
+
+def trace(model: Model, statistics: tuple[str, ...]) -> Trace:
+    """What these statistics see of the tiny corpora."""
+    made = Trace(model.fingerprint, model.name, {name: statistic(name)(model, model.geometry) for name in statistics})
+    profile(model, made, corpora(model))
+    return made
+
+
+def ragged(model: Model, *, seed: int = 0, position: str = "original", compensate: bool = True) -> Plan:
+    """No method's plan: every head has its own window, some are full, some compensate."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (model.geometry.layers, model.geometry.kv_heads)
+    full = (torch.rand(shape, generator=draw) < 0.3) & full_attention(model.geometry)
+    sink = torch.randint(0, 5, shape, generator=draw)
+    recent = torch.randint(1, 9, shape, generator=draw)
+    keep = Keep(
+        sink=torch.where(full, 0, sink).int(),
+        recent=torch.where(full, EVERYTHING, recent).int(),
+        compensate=(~full & (torch.rand(shape, generator=draw) < 0.5) & compensate).to(torch.uint8),
+        position=position,  # type: ignore[arg-type]
+    )
+    return Plan("ragged", model.fingerprint, keep=keep)
+
+
+# What the laws are parametrised over: lossy settings of every method, and one plan that no method makes.
+TINY = [f"{name}-{index}" for name, row in ROWS.items() for index in range(len(row.tiny))] + ["ragged"]
+LOSSLESS = [f"{name}-{index}" for name, row in ROWS.items() for index in range(len(row.lossless))]
+
+
+@functools.cache
+def tiny(case: str, model_name: str) -> Plan:
+    """The plan of one case of `TINY` for a shared model."""
+    model = models.shared(model_name)
+    if case == "ragged":
+        return ragged(model)
+    name, index = case.rsplit("-", 1)
+    return plan(name, model, ROWS[name].tiny[int(index)])
+
+
+@functools.cache
+def lossless(case: str, model_name: str) -> Plan:
+    """The plan of one case of `LOSSLESS` for a shared model."""
+    name, index = case.rsplit("-", 1)
+    return plan(name, models.shared(model_name), ROWS[name].lossless[int(index)])

@@ -1,0 +1,98 @@
+"""Law 4: a left-padded batch equals each sequence alone, and shared KV heads equal copies of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from kvtool.cache.segment_cache import SegmentCache
+from kvtool.model import Model
+from kvtool.plan import Plan
+from tests.laws.methods import TINY, ragged, tiny
+from tests.models import random_ids
+from tests.running import feed, left_padded, own
+from tests.tolerance import close
+
+LENGTHS = (31, 18, 6)
+ROWS = [random_ids(1, length, seed=length)[0] for length in LENGTHS]
+
+
+def alone(model: Model, plan: Plan | None, protocol: str, chunks: list[int]) -> list[torch.Tensor]:
+    """Logits of each sequence by itself, fed in the chunks of the batch less the padding."""
+    outs = []
+    for row in ROWS:
+        padding, rest = LENGTHS[0] - len(row), []
+        for chunk in chunks:
+            rest.append(max(0, chunk - padding))
+            padding = max(0, padding - chunk)
+        cache = SegmentCache(model, plan, protocol=protocol)
+        outs.append(feed(model, cache, row[None], [chunk for chunk in rest if chunk])[0])
+    return outs
+
+
+@pytest.mark.parametrize("protocol", ["official", "strict"])
+@pytest.mark.parametrize("case", [None, *TINY])
+def test_left_padding(case: str | None, protocol: str, model: Model) -> None:
+    plan = None if case is None else tiny(case, model.name)
+    ids, mask = left_padded(ROWS)
+    chunks = [26, *[1] * 4, 1]
+    together = feed(model, SegmentCache(model, plan, protocol=protocol), ids, chunks, mask=mask)
+    for index, expected in enumerate(alone(model, plan, protocol, chunks)):
+        close(together[index, -LENGTHS[index] :], expected)
+
+
+@pytest.mark.parametrize("chunks", [[8, 10, 13], [3, 20, *[1] * 8]], ids=str)
+def test_padding_longer_than_a_chunk(chunks: list[int], any_model: Model) -> None:
+    plan = ragged(any_model, seed=7)
+    ids, mask = left_padded(ROWS)
+    together = feed(any_model, SegmentCache(any_model, plan, protocol="strict"), ids, chunks, mask=mask)
+    for index, expected in enumerate(alone(any_model, plan, "strict", [LENGTHS[0]])):
+        close(together[index, -LENGTHS[index] :], expected)
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_rows_can_be_selected_and_repeated(case: str, llama: Model) -> None:
+    plan, ids = tiny(case, llama.name), random_ids(3, 24, seed=8)
+    order = torch.tensor([2, 0, 0, 1, 1, 2])
+    cache = SegmentCache(llama, plan)
+    feed(llama, cache, ids[:, :20], [20])
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([4, 0, 1, 2, 3, 5]))
+    with llama.served(), torch.no_grad():
+        after = [llama.network(input_ids=ids[order, at : at + 1], past_key_values=cache).logits for at in range(20, 24)]
+    expected = feed(llama, SegmentCache(llama, plan), ids, [20, 1, 1, 1, 1])[:, 20:]
+    close(torch.cat(after, dim=1), expected[order])
+
+
+def expanded(model: Model) -> Model:
+    """The same function as a multi-head model: every KV head copied to each of its query heads."""
+    g = model.geometry
+    config = type(model.network.config)(**{**model.network.config.to_dict(), "num_key_value_heads": g.query_heads})
+    weights = model.network.state_dict()
+    for name in [name for name in weights if "k_proj" in name or "v_proj" in name]:
+        weights[name] = weights[name].unflatten(0, (g.kv_heads, -1)).repeat_interleave(g.group, 0).flatten(0, 1)
+    network = LlamaForCausalLM(config).eval().requires_grad_(False)
+    network.load_state_dict(weights)
+    return Model(network, None, "expanded")
+
+
+def copied(plan: Plan, model: Model, group: int) -> Plan:
+    """The plan with every KV head's decision given to each of its copies."""
+    keep = plan.keep
+    assert keep is not None
+    per_head = {name: getattr(keep, name).repeat_interleave(group, 1) for name in ("sink", "recent", "compensate")}
+    return dataclasses.replace(plan, model=model.fingerprint, keep=dataclasses.replace(keep, **per_head))
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_shared_kv_heads_equal_copies(case: str, llama: Model) -> None:
+    many, ids = expanded(llama), random_ids(2, 30, seed=9)
+    close(own(many, ids), own(llama, ids))
+    plan = tiny(case, llama.name)
+    same_plan = copied(plan, many, llama.geometry.group)
+    chunks = [15, 6, *[1] * 9]
+    shared = feed(llama, SegmentCache(llama, plan), ids, chunks)
+    close(feed(many, SegmentCache(many, same_plan), ids, chunks), shared)

@@ -1,0 +1,67 @@
+"""Law 2, first half: prefill and decode are one function, however the tokens are cut into chunks.
+
+It holds in the protocol "strict", where a windowed head sees only its window in prefill too. In "official" a chunk is seen whole.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtool.cache.segment_cache import SegmentCache
+from kvtool.model import Model
+from tests import models
+from tests.laws.methods import TINY, ragged, tiny
+from tests.models import random_ids
+from tests.running import feed, own
+from tests.tolerance import close, error
+
+TOKENS = 28
+IDS = random_ids(2, TOKENS, seed=4)
+
+
+@functools.cache
+def one_by_one(case: str, name: str) -> torch.Tensor:
+    model = models.shared(name)
+    return feed(model, SegmentCache(model, tiny(case, name), protocol="strict"), IDS, [1] * TOKENS)
+
+
+def cut(lengths: list[int]) -> list[int]:
+    """Chunk lengths that sum to TOKENS, from any list of lengths."""
+    chunks: list[int] = []
+    for length in lengths:
+        chunks.append(min(length, TOKENS - sum(chunks)))
+    return [chunk for chunk in [*chunks, TOKENS - sum(chunks)] if chunk]
+
+
+@pytest.mark.parametrize("case", TINY)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@given(lengths=st.lists(st.integers(1, 14), max_size=12))
+def test_any_chunking_is_decode(case: str, model: Model, lengths: list[int]) -> None:
+    cache = SegmentCache(model, tiny(case, model.name), protocol="strict")
+    close(feed(model, cache, IDS, cut(lengths)), one_by_one(case, model.name))
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_a_prompt_fed_at_once_is_seen_whole(case: str, model: Model) -> None:
+    cache = SegmentCache(model, tiny(case, model.name))
+    close(feed(model, cache, IDS, [TOKENS]), own(model, IDS))
+
+
+@pytest.mark.parametrize("chunks", [[28], [9, 9, 10], [13, *[1] * 15]], ids=str)
+def test_corner_cases_of_attention(chunks: list[int], any_model: Model) -> None:
+    plan = ragged(any_model, seed=5)
+    decode = feed(any_model, SegmentCache(any_model, plan, protocol="strict"), IDS, [1] * TOKENS)
+    close(feed(any_model, SegmentCache(any_model, plan, protocol="strict"), IDS, chunks), decode)
+
+
+def test_more_rows_than_a_block(llama: Model) -> None:
+    ids, plan = random_ids(1, 530, seed=5), ragged(llama, seed=6)
+    whole = feed(llama, SegmentCache(llama, plan, protocol="strict"), ids, [530])
+    parts = feed(llama, SegmentCache(llama, plan, protocol="strict"), ids, [255, 2, 257, *[1] * 16])
+    close(whole, parts)
+    assert error(whole, own(llama, ids)) > 0.1

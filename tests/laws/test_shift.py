@@ -1,0 +1,27 @@
+"""Attention sees only differences of positions: moving all of them changes nothing, in any cache."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtool.cache.segment_cache import SegmentCache
+from kvtool.model import Model
+from tests.laws.methods import TINY, ragged, tiny
+from tests.models import random_ids
+from tests.running import feed
+from tests.tolerance import close
+
+IDS, CHUNKS = random_ids(1, 30, seed=14), [12, 7, *[1] * 11]
+
+
+@pytest.mark.parametrize("case", [None, *TINY])
+def test_methods(case: str | None, model: Model) -> None:
+    plan = None if case is None else tiny(case, model.name)
+    moved, still = (feed(model, SegmentCache(model, plan), IDS, CHUNKS, shift=shift) for shift in (37, 0))
+    close(moved, still)
+
+
+def test_corner_cases_of_attention(any_model: Model) -> None:
+    plan = ragged(any_model, position="reindex", compensate=False)
+    moved, still = (feed(any_model, SegmentCache(any_model, plan), IDS, CHUNKS, shift=shift) for shift in (37, 0))
+    close(moved, still)
