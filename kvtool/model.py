@@ -137,9 +137,11 @@ class Model:
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
-        """Within the block attention goes through kvtool; afterwards nothing is left on the model."""
-        config = self.network.config
-        before = config._attn_implementation
+        """Within the block attention goes through kvtool; afterwards nothing is left on the model. Nesting costs nothing."""
+        before = self.network.config._attn_implementation
+        if before == "kvtool":
+            yield
+            return
         self.network.set_attn_implementation("kvtool")
         try:
             yield

@@ -1,7 +1,7 @@
 """Dispatch by device: the one place that callers import operations from.
 
-CPU tensors take `<op>/cpu.py` where it exists; everything else takes the reference, which is plain PyTorch and runs
-on any device.
+CPU tensors take `<op>/cpu.py`, CUDA tensors `<op>/triton.py`, where these exist; everything else takes plain PyTorch, which
+runs on any device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from kvtool_kernels.attend import cpu as _attend_cpu
 from kvtool_kernels.attend import reference as _attend_reference
 from kvtool_kernels.attention_statistics import blocked as _statistics
 from kvtool_kernels.attention_statistics.reference import Summary
-from kvtool_kernels.merge.reference import merge
+from kvtool_kernels.merge import reference as _merge_reference
+from kvtool_kernels.merge.reference import Partial
 
 __all__ = ["attend", "attention_statistics", "merge"]
 
@@ -30,6 +31,15 @@ def attend(
     """Attention over one segment with its log-sum-exp; see `attend/reference.py` for the formula and the shapes."""
     twin = _attend_cpu if q.device.type == "cpu" else _attend_reference
     return twin.attend(q, k, v, scale=scale, causal=causal, bias=bias, softcap=softcap)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Two partial results over disjoint entries → the result over both; see `merge/reference.py`."""
+    if a[0].is_cuda:
+        from kvtool_kernels.merge import triton as _merge_triton  # only where there is a GPU: Triton is slow to import
+
+        return _merge_triton.merge(a, b)
+    return _merge_reference.merge(a, b)
 
 
 def attention_statistics(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -58,9 +58,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def panels(
-    figure: Figure, rows: int, columns: int, width: float, height: float, **options: Any
-) -> list[Axes]:
+def panels(figure: Figure, rows: int, columns: int, width: float, height: float, **options: Any) -> list[Axes]:
     """`rows` × `columns` axes in reading order on a figure of this size."""
     figure.set_size_inches(width, height)
     return list(figure.subplots(rows, columns, squeeze=False, **options).flat)
@@ -73,7 +71,7 @@ def heats(
     label: str,
     norm: Normalize,
     extent: tuple[float, float, float, float] | None = None,
-    aspect: str = "auto",
+    aspect: Literal["auto", "equal"] = "auto",
 ) -> None:
     """Heat maps [rows, columns] by title, framed, with one scale and one colour bar; NaN stays white."""
     images = [
@@ -109,10 +107,10 @@ def line(index: int) -> dict[str, Any]:
     return {"color": INKS[index], "linestyle": DASHES[index], "marker": MARKS[index]}
 
 
-def groups(axis: Axes, count: int, size: int, colour: str = "0.6") -> None:
+def groups(axis: Axes, count: int, size: int, colour: str = "0.3") -> None:
     """Thin lines between `count` groups of `size` columns each."""
     for border in range(1, count):
-        axis.axvline(border * size - 0.5, color=colour, linewidth=0.5)
+        axis.axvline(border * size - 0.5, color=colour, linewidth=0.6)
 
 
 def whole(*axes: Axes) -> None:
@@ -142,5 +140,11 @@ def depth_bar(figure: Figure, axes: Sequence[Axes], layers: int) -> None:
 
 def bar(figure: Figure, scale: Any, axes: Sequence[Axes], label: str) -> None:
     """A slim colour bar to the right of `axes`."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, LogFormatter
+
     made = figure.colorbar(scale, ax=axes, label=label, pad=0.02, fraction=0.05, aspect=30)
     made.outline.set_linewidth(0.6)
+    if isinstance(scale.norm, LogNorm):  # 0.1, 1, 10 and not powers
+        made.formatter = FuncFormatter(lambda value, _: f"{value:g}")
+        made.minorformatter = LogFormatter(minor_thresholds=(2, 1))

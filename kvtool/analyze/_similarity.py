@@ -21,9 +21,9 @@ def overlap(gram: torch.Tensor) -> torch.Tensor:
     rank, width = rank_of(gram), gram.shape[-1]
     chance = rank / width
     basis = torch.linalg.eigh(gram.double()).eigenvectors[..., -rank:]  # [L,C,r]
-    layers = len(basis)
-    shared = (basis.transpose(1, 2).flatten(0, 1) @ basis.transpose(0, 1).flatten(1)).square()  # [L·r,L·r]
-    means = shared.reshape(layers, rank, layers, rank).sum((1, 3)) / rank
+    everything = basis.transpose(0, 1).flatten(1)  # [C,L·r]
+    shared = [(one.T @ everything).square().unflatten(1, (-1, rank)).sum((0, 2)) for one in basis]
+    means = torch.stack(shared) / rank
     return (means - chance) / max(1 - chance, 1e-9)
 
 
@@ -40,6 +40,6 @@ def cka(blocks: torch.Tensor) -> torch.Tensor:
         rows, n = kernel.sum(1), len(x)
         kernel = kernel - (rows[:, None] + rows) / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
         kernel.fill_diagonal_(0.0)
-        kernels.append((kernel / kernel.norm().clamp_min(1e-30)).float().flatten())
+        kernels.append((kernel / kernel.norm().clamp_min(1e-30)).flatten())
     stacked = torch.stack(kernels)
-    return (stacked @ stacked.T).double()
+    return stacked @ stacked.T

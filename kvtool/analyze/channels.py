@@ -4,8 +4,8 @@
     outlier     m_c above OUTLIER times the median of m over all channels of the layer
     offset      |Σ x_c| / Σ |x_c|: 1 = the channel never changes its sign, so a zero point takes most of it
 
-Keys before RoPE, keys after it, values. RoPE turns pairs of channels into each other: an offset before it is a
-wave after it, and an outlier is shared out over its pair (KVQuant, arXiv 2401.18079; KIVI, arXiv 2402.02750);
+Keys before RoPE, keys after it, values. RoPE turns pairs of channels into each other: an offset before it is
+a wave after it, and an outlier is shared out over its pair (KVQuant, arXiv 2401.18079; KIVI, 2402.02750);
 pairs that turn slowly keep both. The threshold is ours. Where a maximum is the work of one token, the size is
 near its median.
 """
@@ -60,20 +60,14 @@ def find(trace: Trace) -> Finding:
     data = {
         "threshold": OUTLIER,
         "median": {kind: plain(found.magnitude.median(-1).values) for kind, found in kinds.items()},
-        "magnitude": {
-            kind: plain(found.magnitude.unflatten(1, (-1, width))) for kind, found in kinds.items()
-        },
+        "magnitude": {kind: plain(found.magnitude.unflatten(1, (-1, width))) for kind, found in kinds.items()},
         "outliers": [
             dict(zip(FIELDS, _row(kind, found, place, width), strict=True))
             for kind, found in kinds.items()
             for place in found.outliers
         ],
     }
-    rows = [
-        _row(KINDS[kind], found, place, width)
-        for kind, found in kinds.items()
-        for place in found.outliers[:TOP]
-    ]
+    rows = [_row(KINDS[kind], found, place, width) for kind, found in kinds.items() for place in found.outliers[:TOP]]
     figures = {"channels-magnitude": partial(_magnitude, {k: f.magnitude for k, f in kinds.items()}, width)}
     return Finding("channels", _headline(kinds), COLUMNS, rows, data, figures)
 

@@ -10,9 +10,9 @@ Per query head, all shares from 0 to 1:
     entropy     mean over rows of H(A_i) / log(number of visible keys)
 
 A head's class is the first whose threshold its score exceeds, in the order of `THRESHOLDS`: 0.1 is the
-retrieval paper's, the others are ours. A KV head takes the best retrieval, induction and echo of its group, and
-its mean of the rest. Sink and recent mass overlap in the first rows, and recent mass falls with the length of
-the text: a uniform head has 0.38 of it over 512 tokens, 0.14 over 2,048.
+retrieval paper's, the others are ours. A KV head takes the best retrieval, induction and echo of its group
+and the mean of the rest. Sink and recent mass overlap in the first rows, and recent mass falls with the
+length of the text: a uniform head has 0.38 of it over 512 tokens, 0.14 over 2,048.
 
 It works with whichever of its statistics the trace holds, and draws attention maps if `maps` is there.
 """

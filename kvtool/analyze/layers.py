@@ -1,15 +1,15 @@
 """How alike layers are, and how much each changes the residual stream.
 
-    neighbours  mean over tokens of cos(x_l, x_{l+1}) of keys and of values, per KV head: whether two layers can
-                share their entries token by token (MiniCache, arXiv 2405.14366)
+    neighbours  mean over tokens of cos(x_l, x_{l+1}) of keys and of values, per KV head: can two layers share
+                their entries token by token? (MiniCache, arXiv 2405.14366)
     importance  1 − cos(x, x + attention(x)) and 1 − cos(x, layer(x)): what dropping it would lose (LLM-Drop,
                 arXiv 2406.15786); only the order within a model means something
     overlap     layer × layer, of the subspaces of C/8 dimensions that hold most of the keys before RoPE or of
                 the values: 1 = the same, 0 = chance (see `_similarity`). It asks whether one low-rank basis
                 serves both layers as they are: nothing centred, channels by index, permuted heads unlike
-    cka         layer × layer, of the relations between tokens, in whatever basis (linear CKA, arXiv 1905.00414),
-                from the raw blocks of `reservoir` if the trace holds it. Its keys are after RoPE; the rotation,
-                which all layers share, makes keys more alike than values
+    cka         layer × layer, of the relations between tokens, in whatever basis (linear CKA, arXiv
+                1905.00414), from the raw blocks of `reservoir` if the trace holds it. Its keys are after
+                RoPE; the rotation, which all layers share, makes keys more alike than values
 
 Cosine and overlap near 0 with a high CKA: layers know the same of their tokens and write it in other bases.
 """
@@ -71,16 +71,12 @@ def _row(layer: int, cosines: Matrices, importance: Matrices, matrices: Matrices
     more = layer + 1 < len(importance["layer"])
     change = [cell(importance[part][layer], 3) for part in ("attention", "layer")]
     near = [cell(cosines[side][layer].mean()) if more else NOTHING for side in SIDES]
-    alike = [
-        cell(matrices[name][layer, layer + 1]) if more and name in matrices else NOTHING for name in MATRICES
-    ]
+    alike = [cell(matrices[name][layer, layer + 1]) if more and name in matrices else NOTHING for name in MATRICES]
     return (layer, *change, *near, *alike)
 
 
 def _headline(cosines: Matrices, matrices: Matrices, by_use: torch.Tensor) -> str:
-    text = (
-        f"Attention changes the stream least in layers {', '.join(str(int(layer)) for layer in by_use[:3])}"
-    )
+    text = f"Attention changes the stream least in layers {', '.join(str(int(layer)) for layer in by_use[:3])}"
     if cosines["k"].numel():
         k, v = (cell(values.mean()) for values in cosines.values())
         text += f"; adjacent layers: cosine {k} of keys and {v} of values"

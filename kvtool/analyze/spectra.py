@@ -56,10 +56,7 @@ def find(trace: Trace) -> Finding:
     centred = {kind: _centred_rank(trace, gram[kind], kind, tokens) for kind in joint}  # [L]
     entropy = truncated_entropy(eigenvalues(gram["q"]), g.head_dim)  # [L,K]
     data = {
-        "joint": {
-            kind: _summary(values) | {"centred_rank_90": plain(centred[kind])}
-            for kind, values in joint.items()
-        },
+        "joint": {kind: _summary(values) | {"centred_rank_90": plain(centred[kind])} for kind, values in joint.items()},
         "heads": {kind: _summary(values) for kind, values in heads.items()},
         "query_entropy": plain(entropy),
         "width": {"joint": g.kv_heads * g.head_dim, "heads": g.head_dim},
@@ -136,7 +133,7 @@ def _ranks(ranks: Spectra, width: int, figure: Figure) -> None:
     (axis,) = draw.panels(figure, 1, 1, draw.WIDE, 2.2)
     for index, (kind, values) in enumerate(ranks.items()):
         place = torch.arange(len(values)) + (index - 1) * 0.28
-        axis.bar(place, values, 0.26, color=draw.FILLS[index], label=LABELS[kind])
+        axis.bar(place.numpy(), values.numpy(), 0.26, color=draw.FILLS[index], label=LABELS[kind])
     axis.set(xlabel="layer", ylabel=f"rank for 90 % energy (of {width})", xlim=(-0.7, len(ranks["v"]) - 0.3))
     axis.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     draw.whole(axis)

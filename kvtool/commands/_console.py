@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False, soft_wrap=False)
@@ -40,15 +40,27 @@ def _cell(value: object) -> str:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr; the yielded function takes (text, steps done since the last call)."""
+def progress(what: str, total: int) -> Iterator[Advance]:
+    """A bar on stderr."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("[dim]{task.fields[text]}"), console=console, transient=True,
     )  # fmt: skip
     with bar:
-        task = bar.add_task(what, total=total, text="")
-        yield lambda text, done=1: bar.update(task, advance=done, text=text)
+        yield Advance(bar, bar.add_task(what, total=total, text=""))
+
+
+class Advance:
+    """`advance(text)` is one step; `advance(text, done=…, total=…)` sets the bar."""
+
+    def __init__(self, bar: Progress, task: TaskID):
+        self.bar, self.task = bar, task
+
+    def __call__(self, text: str, *, done: int | None = None, total: int | None = None) -> None:
+        if done is None:
+            self.bar.update(self.task, advance=1, text=text)
+        else:
+            self.bar.update(self.task, completed=done, total=total, text=text)
 
 
 def size(count: float) -> str:

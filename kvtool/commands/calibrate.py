@@ -41,7 +41,7 @@ def run(
         with progress(f"calibrate {name}", 1) as advance:
             plan = calibrate(
                 name, values, model=model, trace=seen, seed=seed, state=state,
-                progress=lambda done, total, text: advance(f"step {done} of {total}: {text}", 0),
+                progress=lambda done, total, text: advance(text, done=done, total=total),
             )  # fmt: skip
     except KeyboardInterrupt:
         if state is not None and state.exists():

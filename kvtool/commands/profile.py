@@ -65,7 +65,7 @@ def take(model: Model, observed: Trace, corpora: dict[str, Corpus], output: str,
     try:
         with progress("profile", total) as advance:
             return profile(
-                model, observed, corpora, raw=raw, progress=lambda kind, s: advance(f"{kind}, {len(s.tokens)} tokens", 1)
+                model, observed, corpora, raw=raw, progress=lambda kind, s: advance(f"{kind}, {len(s.tokens)} tokens")
             )
     except KeyboardInterrupt:
         if output != "-":

@@ -34,7 +34,7 @@ def run(
     read.check(model.fingerprint)
     subject = Subject(model, read, "strict" if strict else "official", chunk, seed)
     with progress("replay", sum(task(key).units(value) for key, value in chosen.items())) as advance:
-        verdict = replay(subject, chosen, lambda text: advance(text, 1))
+        verdict = replay(subject, chosen, advance)
     show(verdict)
     record = verdict.record()
     broken = verdict.broken(bounds)

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from kvtool import gates
+from kvtool import gates, plan
 from kvtool.corpus.passkey import multi_passkey
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, best, full_attention, share
@@ -33,7 +34,8 @@ MODEL = True
 class Options:
     """full: share of KV heads that keep everything. sink, recent: entries of the others, tokens. steps: optimiser steps at most.
     lengths: prompt lengths, tokens. passkeys: keys per prompt. lr: learning rate. l1: weight λ of the gates' mean. patience: steps over which
-    the chosen heads must stay the same to stop early (0: never). own_full: full term from the gated run."""
+    the chosen heads must stay the same to stop early (0: never). own_full: full term from the gated run. gates: take the gates of this plan, or
+    of a released full_attention_heads.tsv, instead of training."""
 
     full: float = 0.5
     sink: int = 16
@@ -45,6 +47,7 @@ class Options:
     l1: float = 0.05
     patience: int = 20
     own_full: bool = False
+    gates: str = ""
 
 
 def calibrate(context: Context, options: Options) -> Decision:
@@ -52,10 +55,27 @@ def calibrate(context: Context, options: Options) -> Decision:
         raise InputError("duo trains on the model", remedy="pass the model, or a trace that names it")
     share(options.full, "full")
     eligible = full_attention(context.geometry)
-    alpha, losses = train(context, options, eligible)
+    alpha, losses = given(options.gates, eligible) if options.gates else train(context, options, eligible)
     full = best(alpha, round(options.full * int(eligible.sum())), eligible, context.seed) | ~eligible
     keep = Keep.heads(full, sink=options.sink, recent=options.recent)
     return Decision(keep, {"alpha": alpha, "loss": losses}, {"steps": len(losses), "full_heads": int((full & eligible).sum())})
+
+
+def given(path: str, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates [L,K] and losses of an earlier plan, or gates alone of a tab-separated table, layers by KV heads."""
+    if path.endswith(".tsv"):
+        try:
+            alpha, losses = torch.from_numpy(np.loadtxt(path, ndmin=2)).float().clamp(0, 1), torch.zeros(0)
+        except (OSError, ValueError) as error:
+            raise InputError("cannot read the gates", got=path, expected="numbers, a line per layer, tabs between KV heads") from error
+    else:
+        evidence = plan.read(path).evidence
+        if "alpha" not in evidence:
+            raise InputError("the plan has no gates", got=path, expected="one whose evidence holds 'alpha'")
+        alpha, losses = evidence["alpha"], evidence.get("loss", torch.zeros(0))
+    if alpha.shape != eligible.shape:
+        raise InputError("the gates are of another model", got=tuple(alpha.shape), expected=tuple(eligible.shape))
+    return alpha, losses
 
 
 def train(context: Context, options: Options, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,7 +58,8 @@ def task(name: str):
 
 def replay(subject: Subject, tasks: dict[str, Any], progress: Progress = lambda text: None) -> Verdict:
     """Run the tasks, given as name → options."""
-    results = {name: task(name).run(subject, options, progress) for name, options in tasks.items()}
+    with subject.model.served():
+        results = {name: task(name).run(subject, options, progress) for name, options in tasks.items()}
     facts = {
         "kind": "verdict",
         "model": subject.model.name,

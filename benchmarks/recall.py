@@ -1,0 +1,66 @@
+"""Passkey recall of SmolLM2 by which heads keep everything: the shipped duo plans, random heads, induction heads, none.
+
+    python benchmarks/recall.py [--keys 4] [--lengths 1000,2000]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from _harness import table
+from kvtool import plan
+from kvtool.commands.replay import find
+from kvtool.methods._base import best, full_attention
+from kvtool.model import Model, load
+from kvtool.plan import Keep, Plan
+from kvtool.replay.subject import Subject
+from kvtool.replay.tasks import passkey
+
+SINK, RECENT, HELD_AT = 16, 64, 4096
+
+
+def contenders(model: Model) -> list[tuple[str, Plan, str]]:
+    """(what, plan, protocol)."""
+    duo = {share: plan.read(find(f"smollm2.duo-{share}")) for share in (50, 20)}
+    eligible = full_attention(model.geometry)
+
+    def random_heads(share: float) -> Plan:
+        noise = torch.rand(eligible.shape, generator=torch.Generator().manual_seed(1))
+        full = best(noise, round(share * int(eligible.sum())), eligible)
+        return Plan("random", model.fingerprint, keep=Keep.heads(full, sink=SINK, recent=RECENT))
+
+    return [
+        ("duo, 50 % of KV heads full", duo[50], "strict"),
+        ("duo, 50 % of KV heads full", duo[50], "official"),
+        ("duo, 20 % of KV heads full", duo[20], "strict"),
+        ("duo, 20 % of KV heads full", duo[20], "official"),
+        ("random 50 %", random_heads(0.5), "official"),
+        ("random 20 %", random_heads(0.2), "official"),
+        ("no head full (streaming)", random_heads(0.0), "official"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keys", type=int, default=4)
+    parser.add_argument("--lengths", default="1000,2000")
+    chosen = parser.parse_args()
+    options = passkey.Options(lengths=tuple(map(int, chosen.lengths.split(","))), keys=chosen.keys)
+    model, rows = load("smollm2"), []
+    for what, candidate, protocol in contenders(model):
+        subject = Subject(model, candidate, protocol, seed=1)
+        result = passkey.run(subject, options, lambda text: None)
+        held = {side: subject.cache(side, HELD_AT) for side in ("full", "plan")}
+        for cache in held.values():
+            subject.prefill(cache, torch.randint(100, 40000, (1, HELD_AT), generator=torch.Generator().manual_seed(0)))
+        share = held["plan"].nbytes / held["full"].nbytes
+        rows.append((what, protocol, f"{result.metrics['recall_full']:.3f}", f"{result.metrics['recall']:.3f}", f"{share:.3f}"))
+    columns = ("heads", "prefill", "recall, full cache", "recall", f"bytes held at {HELD_AT} ÷ full")
+    points = len(options.lengths) * len(options.depths) * options.keys
+    table(f"Passkey recall at {chosen.lengths} tokens, {points} prompts, sink {SINK}, recent {RECENT}", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
