@@ -93,12 +93,13 @@ def analyze(
     trace: Annotated[str, typer.Argument(help="A trace; - for stdin.")],
     findings: Annotated[list[str] | None, typer.Argument(help="heads, layers, spectra, channels, sinks.")] = None,
     figures: Annotated[str | None, typer.Option(metavar="DIR", help="Draw the figures into this folder.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Say what a trace shows: tables here, figures with --figures, everything with --json."""
     from kvtool.commands import analyze as analyze_command
 
-    record = analyze_command.run(trace, findings or [], figures)
+    record = analyze_command.run(trace, findings or [], figures, force)
     if as_json:
         print(json.dumps(record))
     elif figures:

@@ -25,7 +25,7 @@ class InputError(ValueError):
         text = what + (": " + ", ".join(facts) if facts else "")
         if remedy:
             text += ". " + remedy[0].upper() + remedy[1:]
-        super().__init__(text.rstrip(".") + ".")
+        super().__init__(text if text.endswith(("?", ".")) else text + ".")
 
 
 class RunFailed(RuntimeError):

@@ -10,7 +10,7 @@ from kvtool.commands._console import note, table
 from kvtool.errors import InputError
 
 
-def run(path: str, names: list[str], figures: str | None) -> dict[str, Any]:
+def run(path: str, names: list[str], figures: str | None, force: bool) -> dict[str, Any]:
     """All findings that the trace has statistics for, or those named; returns the record that `--json` prints."""
     seen = trace.read(path)
     findings = []
@@ -28,6 +28,6 @@ def run(path: str, names: list[str], figures: str | None) -> dict[str, Any]:
         table(finding.name, finding.columns, finding.rows)
         note(finding.headline + "\n")
         if figures is not None:
-            written += _base.save_figures(finding, figures)
+            written += _base.save_figures(finding, figures, force=force)
     record = {"kind": "findings", "trace": path, "findings": {f.name: {"headline": f.headline, **f.data} for f in findings}}
     return {**record, "figures": written}

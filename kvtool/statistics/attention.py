@@ -3,7 +3,8 @@
 Per query head. `distance` is attention mass by query-key distance, `columns` the column sums by key position, both in half-octave
 bins (exact below 16), so the sink mass of the first S ≤ 16 tokens and the recent mass are exact sums of bins. Normalised
 column sums divide by the number of rows that can see the column (ZipCache, arXiv 2405.14256, section 4.2). `covered` is the share of a
-sequence's mass that its top 1, 2, 5, 10, 20, 50 % of columns hold (ZipVL's question). Entropy is in nats.
+sequence's mass that its top 1, 2, 5, 10, 20, 50 % of columns hold (ZipVL's question). Entropy is in nats; normalised, it is divided by the log of
+the number of entries that the row can see, so 1 is uniform.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class Attention(Statistic):
         top = columns.sort(-1, descending=True).values.cumsum(-1) / tokens
         self["covered"][layer] += top[:, [max(0, round(share * tokens) - 1) for share in SHARES]]
         self["entropy"][layer] += summary.entropy.sum(-1)
-        most = torch.log(torch.arange(1, tokens + 1).double())
-        most[0] = 1.0  # the first row has one choice and entropy 0
-        self["entropy_normalised"][layer] += (summary.entropy.double() / most).sum(-1)
+        window = self.geometry.windows[layer] or tokens
+        most = torch.log(torch.arange(1, tokens + 1).clamp_max(window).double())
+        share = summary.entropy.double() / most
+        share[:, most == 0] = 1.0  # one choice: as spread out as can be
+        self["entropy_normalised"][layer] += share.sum(-1)
         if layer == 0:
             self["columns_count"] += binned(torch.ones(tokens))
             self["tokens"] += tokens

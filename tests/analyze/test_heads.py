@@ -55,6 +55,17 @@ def test_scores_are_shares():
     assert scores["entropy"] == [[0.25] * HEADS] * LAYERS
 
 
+def test_the_borders_of_sink_and_recent():
+    trace = planted("attention")
+    attention = trace["attention"]
+    for key, border in (("columns", 4), ("distance", 64)):
+        inside, outside = (int(bin_of(torch.tensor(place))) for place in (border - 1, border))
+        attention[key].zero_()
+        attention[key][..., inside], attention[key][..., outside] = 200.0, 800.0
+    scores = heads.find(trace).data["query_heads"]
+    assert scores["sink"] == scores["recent"] == [[0.2] * HEADS] * LAYERS
+
+
 def test_the_strongest_leads_the_table_and_the_headline():
     finding = heads.find(planted("retrieval", "induction", "attention"))
     first = dict(zip(finding.columns, finding.rows[0], strict=True))

@@ -81,6 +81,8 @@ def test_truncated_entropy(rank, entropy):
 def test_ranks_by_energy():
     values = torch.tensor([90.0, 5.0, 4.0, 1.0], dtype=torch.float64)
     assert [float(energy_rank(values, share)) for share in (0.9, 0.95, 0.99, 1.0)] == [1, 2, 3, 4]
+    equal = torch.ones(10, dtype=torch.float64)  # nine times 0.1 is less than 0.9 in floating point
+    assert float(energy_rank(equal, 0.9)) == 9
     nothing = torch.zeros(4, dtype=torch.float64)
     assert float(energy_rank(nothing, 0.9)) == float(effective_rank(nothing)) == 0.0
 

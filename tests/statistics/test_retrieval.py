@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kvtool.corpus.base import Sample, gather
-from kvtool.corpus.needle import needle as needle_corpus  # noqa: F401 (the real corpus of this statistic)
 from kvtool.model import Model
 from kvtool.statistics._base import Statistic
 from tests import models
