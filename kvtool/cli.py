@@ -6,25 +6,28 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 import os
 import sys
 from typing import Annotated, Any
 
 import typer
-from click import ClickException
-from click.exceptions import Abort, Exit
 
 from kvtool import __version__
-from kvtool.config import expand
+from kvtool.config import Options, expand
 from kvtool.errors import InputError, RunFailed
 
+UsageError = typer.BadParameter.__mro__[1]  # has no public name: newer versions of typer carry their own click
+
 app = typer.Typer(
-    name="kvtool", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="kvtool", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="What does a model do with its KV cache, how should that cache be compressed, and does it still work then?\n\n"
     "profile -> analyze -> calibrate -> replay. Each writes one file; the next reads it; - is stdin or stdout.\n\n"
-    "    kvtool replay smollm2 --plan $(kvtool calibrate --method razor $(kvtool profile smollm2 --for razor))",
+    "\b\n"
+    "kvtool replay smollm2 --plan $(kvtool calibrate --method razor $(kvtool profile smollm2 --for razor))",
 )  # fmt: skip
 
 Output = Annotated[
@@ -43,7 +46,12 @@ ModelName = Annotated[
 ]
 
 
-@app.command()
+@app.command(epilog=(
+    "\b\nExamples:"
+    "\n  kvtool profile smollm2 --for razor"
+    "\n  kvtool profile ./model --text book.txt --samples 8 -o book.trace.safetensors"
+    "\n  kvtool profile smollm2 --raw k,attention --layers 0-2 --raw-tokens 256"
+))  # fmt: skip
 def profile(
     model: ModelName,
     output: Output = None,
@@ -68,15 +76,16 @@ def profile(
     """
     from kvtool.commands import profile as profile_command
 
+    _one_document(output, as_json)
     options = {"sources": text, "field": field, "tokens": tokens, "samples": samples, "cut": cut}
-    raw_options = {"kinds": raw, "layers": layers, "heads": heads, "tokens": raw_tokens} if raw else None
+    raw_options = {"kinds": raw, "layers": layers, "heads": heads, "tokens": raw_tokens}
     record = profile_command.run(
         model, output, options, stat, for_, settings, raw_options, resume, seed, device, dtype, force
     )
     _emit(record, as_json)
 
 
-@app.command()
+@app.command(epilog="\b\nExample: kvtool merge a.trace.safetensors b.trace.safetensors -o both.trace.safetensors")
 def merge(
     traces: Annotated[list[str], typer.Argument(metavar="TRACE...", help="Traces of one model.")],
     output: Annotated[str, typer.Option("-o", "--output", help="File to write; - for stdout.")],
@@ -85,10 +94,11 @@ def merge(
     """Add traces up: the trace of A and B is the merge of the traces of A and of B."""
     from kvtool.commands import merge as merge_command
 
+    _one_document(output, as_json)
     _emit(merge_command.run(traces, output, force), as_json)
 
 
-@app.command()
+@app.command(epilog="\b\nExample: kvtool analyze smollm2.trace.safetensors heads sinks --figures figures")
 def analyze(
     trace: Annotated[str, typer.Argument(help="A trace; - for stdin.")],
     findings: Annotated[list[str] | None, typer.Argument(help="heads, layers, spectra, channels, sinks.")] = None,
@@ -101,12 +111,16 @@ def analyze(
 
     record = analyze_command.run(trace, findings or [], figures, force)
     if as_json:
-        print(json.dumps(record))
+        print(document(record))
     elif figures:
         print(*record["figures"], sep="\n")
 
 
-@app.command()
+@app.command(epilog=(
+    "\b\nExamples:"
+    "\n  kvtool calibrate smollm2.trace.safetensors --method razor --set recent=512"
+    "\n  kvtool calibrate smollm2 --method duo --steps 40 --lengths 384"
+))  # fmt: skip
 def calibrate(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A trace (- for stdin), or a model: then it is profiled first.")],
     method: Annotated[str, typer.Option(help="A method; see kvtool methods.")],
@@ -120,11 +134,15 @@ def calibrate(
     """Turn a trace, or a model, into a plan."""
     from kvtool.commands import calibrate as calibrate_command
 
+    _one_document(output, as_json)
     chosen = settings + [f"{k}={v}" for k, v in (("steps", steps), ("lengths", lengths)) if v is not None]
     _emit(calibrate_command.run(source, method, output, chosen, resume, seed, device, dtype, force), as_json)
 
 
-@app.command()
+@app.command(epilog=(
+    "\b\nExamples:"
+    "\n  kvtool compose heads.plan.safetensors bits.plan.safetensors -o both.plan.safetensors"
+))  # fmt: skip
 def compose(
     plans: Annotated[list[str], typer.Argument(metavar="PLAN...", help="Plans of one model that fill different slots.")],
     output: Annotated[str, typer.Option("-o", "--output", help="File to write; - for stdout.")],
@@ -133,10 +151,15 @@ def compose(
     """Join plans that fill different slots into one."""
     from kvtool.commands import compose as compose_command
 
+    _one_document(output, as_json)
     _emit(compose_command.run(plans, output, force), as_json)
 
 
-@app.command()
+@app.command(epilog=(
+    "\b\nExamples:"
+    "\n  kvtool replay smollm2 --plan smollm2.duo.plan.safetensors --lengths 1000 --fail-if 'recall<0.9'"
+    "\n  kvtool replay smollm2 --plan duo.plan --tasks text,speed --set text.tokens=128 --json"
+))  # fmt: skip
 def replay(
     model: ModelName,
     plan: Annotated[str, typer.Option(help="A plan, - for stdin, or the name of one in calibrations/.")],
@@ -162,15 +185,17 @@ def replay(
     record, broken = replay_command.run(
         model, plan, tasks, chosen, strict, chunk, fail_if, output, seed, device, dtype, force
     )
-    if as_json:
-        print(json.dumps(record))
-    elif output and output != "-":
+    if output is not None and output != "-":
+        replay_command.write(output, document(record, indent=1))
+    if as_json or output == "-":
+        print(document(record))
+    elif output is not None:
         print(output)
     if broken:
         raise RunFailed("broken bound: " + "; ".join(broken))
 
 
-@app.command()
+@app.command(epilog="\b\nExample: kvtool inspect smollm2.trace.safetensors --json | jq .corpora")
 def inspect(
     file: Annotated[str, typer.Argument(help="A trace or a plan; - for stdin.")], as_json: AsJson = False
 ) -> None:
@@ -179,10 +204,10 @@ def inspect(
 
     record = inspect_command.run(file)
     if as_json:
-        print(json.dumps(record))
+        print(document(record))
 
 
-@app.command()
+@app.command(epilog="\b\nExample: kvtool methods duo")
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method to explain.")] = None,
     probes: Annotated[bool, typer.Option("--probes", help="List corpora and their options instead.")] = False,
@@ -194,11 +219,12 @@ def methods(
 
     record = methods_command.run(name, "corpus" if probes else "statistics" if statistics else "methods")
     if as_json:
-        print(json.dumps(record))
+        print(document(record))
 
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     config: Annotated[str | None, typer.Option(help="YAML file of options; the command line wins.")] = None,
@@ -206,44 +232,87 @@ def root(
     if version:
         print(__version__)
         raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 def _emit(record: dict[str, Any], as_json: bool) -> None:
     """Print what was written: its path, or the whole record."""
-    if as_json and record["output"] != "-":
-        print(json.dumps(record))
+    if as_json:
+        print(document(record))
     elif record["output"] != "-":
         print(record["output"])
 
 
+def _one_document(output: str | None, as_json: bool) -> None:
+    if as_json and output == "-":
+        raise InputError("stdout cannot carry both the file and its record", got="-o - and --json", remedy="drop one of them")
+
+
+def document(record: dict[str, Any], indent: int | None = None) -> str:
+    """One JSON document. NaN and infinities become null: JSON has no word for them."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), indent=indent)
+
+
+def _options() -> dict[str, Options]:
+    """Command → its options → how often each is given: "switch", "one" or "many"."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {
+        name: {
+            spelling: "switch" if option.is_flag else "many" if option.multiple else "one"
+            for option in command.params
+            for spelling in option.opts
+            if spelling.startswith("--") and spelling != "--help"
+        }
+        for name, command in commands.items()
+    }
+
+
 def main() -> None:
-    """Run, and turn every failure into one line and an exit code: 1 the run failed, 2 bad usage or bad input."""
+    """Run, and turn every failure into one line and an exit code: 1 the run failed, 2 bad usage or bad input, 130 interrupted."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        code = app(args=expand(arguments), prog_name="kvtool", standalone_mode=False)
+        code = app(args=expand(arguments, _options), prog_name="kvtool", standalone_mode=False)
         sys.stdout.flush()
         sys.exit(code or 0)
-    except Exit as stop:
+    except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:  # the reader went away: nothing to tell anybody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (InputError, RunFailed) as error:
-        if debug:
-            raise
-        _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except Exception as error:
+        if isinstance(error, UsageError):
+            _fail(_usage(error), 2)
         if debug:
             raise
-        _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        if isinstance(error, InputError):
+            _fail(str(error), 2)
+        known = isinstance(error, RunFailed)
+        _fail(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _usage(error: Any) -> str:
+    """What was wrong with the command line, and where to read on."""
+    text, near = error.format_message(), getattr(error, "possibilities", None)
+    if near:
+        name = error.option_name
+        text = f"{error.message}. Did you mean {(difflib.get_close_matches(name, near, n=1) or near)[0]}?"
+    command = error.ctx.command_path if error.ctx is not None else "kvtool"
+    return text[:1].lower() + text[1:] + ("" if text.endswith((".", "?")) else ".") + f" See {command} --help."
 
 
 def _fail(text: str, code: int) -> None:
-    print(f"kvtool: {text}", file=sys.stderr)
+    print(f"kvtool: {' '.join(text.splitlines())}", file=sys.stderr)
     sys.exit(code)

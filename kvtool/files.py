@@ -53,22 +53,33 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
     if str(path) == "-":
         return
     path = Path(path)
-    if path.exists() and not force:
-        raise InputError(f"{path} exists already", remedy="choose another -o, or pass --force to overwrite it")
     if path.is_dir():
         raise InputError("the output is a folder", got=path, expected="the name of a file")
+    if is_stream(path):
+        return
+    if path.exists() and not force:
+        raise InputError(f"{path} exists already", remedy="choose another -o, or pass --force to overwrite it")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise InputError("the output's folder is a file", got=path.parent, remedy="choose another -o")
     if not path.parent.is_dir():
         raise InputError(
-            "the output's folder does not exist", got=path.parent, remedy=f"mkdir -p '{path.parent}' first"
+            "the output's folder does not exist", got=path.parent, remedy=f"make it first: mkdir -p '{path.parent}'"
         )
-    if not os.access(path.parent, os.W_OK):
-        raise InputError("the output's folder cannot be written", got=path.parent)
+    scratch = _scratch(path)
+    try:
+        scratch.touch()
+        scratch.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}", got=error.strerror, remedy="choose another -o") from error
 
 
 def replace(path: Path, payload: bytes) -> None:
-    """Write `payload` under a temporary name beside `path`, then rename it into place."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write `payload` under a temporary name beside `path`, then rename it into place; a pipe or device is written to as it is."""
+    scratch = _scratch(path)
     try:
+        if is_stream(path):
+            path.write_bytes(payload)
+            return
         scratch.write_bytes(payload)
         os.replace(scratch, path)
     except OSError as error:
@@ -77,12 +88,22 @@ def replace(path: Path, payload: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def is_stream(path: Path) -> bool:
+    """A pipe, /dev/null, >(command): nothing that could be replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def read(path: str | Path, *, kind: str | None = None, schema: int | None = None) -> tuple[Header, Tensors]:
     """Read a file (or stdin for "-") into (header, tensors).
 
     Raises InputError when the file is missing, truncated, not from kvtool, or not of the wanted `kind`/`schema`.
     """
     payload = _payload(path)
+    path = "stdin" if str(path) == "-" else path
     try:
         tensors = load_bytes(payload)
     except (SafetensorError, struct.error, ValueError, KeyError) as error:

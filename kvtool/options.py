@@ -5,6 +5,7 @@ Field types: int, float, bool, str, Literal, and tuples of the first four ("1000
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ def convert(value: Any, kind: Any, what: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         parts = value if isinstance(value, (list, tuple)) else [part for part in str(value).split(",") if part.strip()]
+        if not parts:
+            raise InputError(f"bad {what}", got=repr(value), expected="one value or more, like 1,2")
         return tuple(convert(part, inner[0], what) for part in parts)
     if origin is typing.Literal:
         if value not in inner:
@@ -52,10 +55,20 @@ def convert(value: Any, kind: Any, what: str) -> Any:
             return words[str(value).lower()]
     else:
         try:
-            return kind(value) if not isinstance(value, str) else kind(value.strip())
-        except ValueError:
+            made = kind(value.strip() if isinstance(value, str) else value)
+            if kind is str or (math.isfinite(made) and (isinstance(value, str) or made == value)):
+                return made
+        except (ValueError, TypeError, OverflowError):
             pass
     raise InputError(f"bad {what}", got=repr(value), expected=f"a value of type {kind.__name__}")
+
+
+def at_least(low: int, options: Any, *names: str) -> None:
+    """Raise InputError unless these fields of an options dataclass, or each of their items, are `low` or more."""
+    for name in names:
+        value = getattr(options, name)
+        if min(value if isinstance(value, tuple) else (value,), default=low) < low:
+            raise InputError(f"bad option {name}", got=record(options)[name], expected=f"{low} or more")
 
 
 def record(options: Any) -> dict[str, Any]:

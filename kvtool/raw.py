@@ -22,7 +22,7 @@ KINDS = ("k", "v", "q", "attention")
 
 @dataclass
 class Raw:
-    """What to write and where."""
+    """What to write and where; `samples` numbers the samples by their `id`, as they come unless given."""
 
     folder: Path
     kinds: tuple[str, ...]

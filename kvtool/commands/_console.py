@@ -41,10 +41,11 @@ def _cell(value: object) -> str:
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
-    """A bar on stderr."""
+    """A bar on stderr, if that is a terminal."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("[dim]{task.fields[text]}"), console=console, transient=True,
+        disable=not console.is_terminal,
     )  # fmt: skip
     with bar:
         yield Advance(bar, bar.add_task(what, total=total, text=""))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import typing
 from typing import Any
 
 from kvtool import options
+from kvtool.commands._console import note
 from kvtool.corpus import registry as corpora
 from kvtool.corpus.base import Corpus
-from kvtool.errors import InputError
+from kvtool.errors import InputError, unknown
 from kvtool.model import Model
 
 
@@ -24,30 +24,39 @@ def scoped(settings: list[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def build(model: Model, kinds: set[str], text: dict[str, Any], settings: list[str], seed: int) -> dict[str, Corpus]:
-    """Corpora by kind; `text` holds the options of the text corpus."""
-    chosen = scoped(settings)
-    for scope in chosen:
-        corpora.builder(scope)
+def read(settings: list[str]) -> dict[str, dict[str, Any]]:
+    """["needle.lengths=500", …] → {"needle": {"lengths": (500,)}}; needs no model, so mistakes are told before one is loaded."""
+    return {kind: typed(kind, values) for kind, values in scoped(settings).items()}
+
+
+def build(
+    model: Model, kinds: set[str], text: dict[str, Any], chosen: dict[str, dict[str, Any]], seed: int
+) -> dict[str, Corpus]:
+    """Corpora by kind; `text` holds the options of the text corpus, `chosen` what `read` made of the settings."""
+    for kind in sorted(set(chosen) - kinds):
+        note(f"note: nothing that is taken reads the {kind} corpus; its settings have no effect")
     made = {}
     for kind in sorted(kinds):
         given = {name: value for name, value in text.items()} if kind == "text" else {}
-        given |= typed(kind, chosen.get(kind, {}))
-        if kind == "text" and list(given["sources"]) == ["default"]:
+        given |= chosen.get(kind, {})
+        if kind == "text" and "default" in given["sources"]:
             given.setdefault("half", "calibration")
-        made[kind] = corpora.build(kind, model, **given, seed=seed)
+        made[kind] = corpora.build(kind, model, **{"seed": seed, **given})
     return made
 
 
 def typed(kind: str, values: dict[str, str]) -> dict[str, Any]:
-    """Text values converted to what the builder's defaults are."""
-    signature = inspect.signature(corpora.builder(kind)).parameters
+    """Text values converted to what the builder's defaults are; raises InputError for an option that it lacks."""
+    signature = dict(list(inspect.signature(corpora.builder(kind)).parameters.items())[1:])
     out: dict[str, Any] = {}
     for name, value in values.items():
-        default = signature[name].default if name in signature else value
-        if isinstance(default, tuple):
-            inner = type(default[0]) if default else str
-            out[name] = options.convert(value, typing.cast(Any, tuple[inner, ...]), f"option {name} of {kind}")
-        else:
-            out[name] = options.convert(value, int if default is None else type(default), f"option {name} of {kind}")
+        if name not in signature:
+            raise unknown(f"option of the {kind} corpus", name, signature)
+        parameter = signature[name]
+        wanted: Any = type(parameter.default)
+        if isinstance(parameter.default, tuple):
+            wanted = tuple[type(parameter.default[0]), ...]
+        elif parameter.default is None:
+            wanted = int if str(parameter.annotation).startswith("int") else str
+        out[name] = options.convert(value, wanted, f"option {name} of {kind}")
     return out

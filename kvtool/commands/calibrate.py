@@ -10,6 +10,7 @@ from kvtool.calibrate import calibrate, method
 from kvtool.commands import _corpora
 from kvtool.commands._console import note, progress, slug
 from kvtool.commands.profile import take
+from kvtool.errors import InputError
 from kvtool.model import Model, load
 from kvtool.trace import Trace, statistic
 
@@ -24,17 +25,18 @@ def run(
     module = method(name)
     values = options.pairs(settings)
     options.build(module.Options, values, name)  # bad options are told before any work
-    is_trace = source == "-" or (Path(source).is_file() and not source.endswith(".gguf"))
-    seen = trace.read(source) if is_trace else None
+    seen = trace.read(source) if _is_trace(source) else None
     model_name = source if seen is None else seen.source
     output = output or f"{slug(model_name)}.{name}.plan.safetensors"
     files.check_output(output, force=force)
     if seen is not None:
         seen.need(*module.STATISTICS)
+        if module.STATISTICS and not seen.complete:
+            note(f"note: the profile of {source} was interrupted; profile --resume would complete it")
     model = load(model_name, dtype=dtype, device=device) if seen is None or module.MODEL else None
     if seen is None and module.STATISTICS and model is not None:
         seen = _profiled(model, model_name, module.STATISTICS, seed)
-    state = None if output == "-" else Path(f"{output}.part")
+    state = None if output == "-" or files.is_stream(Path(output)) else Path(f"{output}.part")
     if state is not None and not resume:
         state.unlink(missing_ok=True)
     try:
@@ -51,9 +53,16 @@ def run(
     return {"output": output, "kind": "plan", "method": name, "options": plan.options, "facts": plan.provenance["facts"]}
 
 
+def _is_trace(source: str) -> bool:
+    path = Path(source)
+    if path.suffix in (".safetensors", ".trace") and not path.exists():
+        raise InputError("no such trace", got=source, remedy="make it with kvtool profile")
+    return source == "-" or (path.exists() and not path.is_dir() and path.suffix != ".gguf")
+
+
 def _profiled(model: Model, name: str, statistics: tuple[str, ...], seed: int) -> Trace:
     seen = Trace(model.fingerprint, name, {stat: statistic(stat)(model, model.geometry) for stat in statistics})
-    corpora = _corpora.build(model, {stat.corpus for stat in seen.statistics.values()}, TEXT, [], seed)
+    corpora = _corpora.build(model, {stat.corpus for stat in seen.statistics.values()}, TEXT, {}, seed)
     take(model, seen, corpora, "-")
     return seen
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from kvtool import calibrate, options, registry
+from kvtool import options, registry
 from kvtool.commands._console import note, table
-from kvtool.corpus import registry as corpora
 
 
 def run(name: str | None, what: str) -> dict[str, Any]:
     """Returns the record that `--json` prints."""
     if what == "corpus":
+        from kvtool.corpus import registry as corpora  # here and below: a plain list needs no torch
+
         rows = []
         for kind in corpora.names():
             parameters = list(inspect.signature(corpora.builder(kind)).parameters.values())[1:]
@@ -23,7 +24,7 @@ def run(name: str | None, what: str) -> dict[str, Any]:
         rows = [(entry, registry.summary(what, entry)) for entry in registry.names(what)]
         table(what, ("name", "what it does"), rows)
         return {what: dict(rows)}
-    module = calibrate.method(name)
+    module = registry.module("methods", name, "method")
     note(inspect.getdoc(module) or "")
     needs = [f"the statistics {', '.join(module.STATISTICS)}"] if module.STATISTICS else []
     needs += ["the model itself"] if module.MODEL else []

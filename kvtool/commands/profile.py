@@ -20,19 +20,20 @@ from kvtool.trace import Trace, statistic
 
 def run(
     name: str, output: str | None, text: dict[str, Any], stats: list[str], methods: list[str], settings: list[str],
-    raw: dict[str, Any] | None, resume: bool, seed: int, device: str, dtype: str, force: bool,
+    raw: dict[str, Any], resume: bool, seed: int, device: str, dtype: str, force: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the record that `--json` prints."""
     output = output or f"{slug(name)}.trace.safetensors"
-    names = wanted(stats, methods)
+    names, chosen, kinds = wanted(stats, methods), _corpora.read(settings), _raw_kinds(raw)
     if resume and output == "-":
         raise InputError("--resume needs a file", got="-o -")
-    if not (resume and Path(output).exists()):
-        files.check_output(output, force=force)
+    continued = resume and Path(output).exists()
+    files.check_output(output, force=force or continued)
+    folder = _raw_folder(output, force or continued) if kinds else None
     model = load(name, dtype=dtype, device=device)
-    observed = _start(model, name, names, output if resume else None)
-    corpora = _corpora.build(model, {stat.corpus for stat in observed.statistics.values()}, text, settings, seed)
-    writer = _raw(raw, output, model, corpora) if raw else None
+    observed = _start(model, name, names, output if continued else None)
+    corpora = _corpora.build(model, {stat.corpus for stat in observed.statistics.values()}, text, chosen, seed)
+    writer = _raw(folder, kinds, raw, model, corpora) if folder else None
     start = time.perf_counter()
     costs = take(model, observed, corpora, output, writer)
     seconds = time.perf_counter() - start
@@ -52,6 +53,8 @@ def run(
 def wanted(stats: list[str], methods: list[str]) -> list[str]:
     """Names of the statistics to take: those named, those that the methods need, or the usual ones."""
     names = {name.replace("_", "-") for name in stats}
+    for name in names:
+        statistic(name)  # an unknown one is told before any work
     for name in (part for given in methods for part in given.split(",")):
         names |= set(method(name).STATISTICS)
     if methods and not names:
@@ -76,7 +79,7 @@ def take(model: Model, observed: Trace, corpora: dict[str, Corpus], output: str,
 
 
 def _start(model: Model, name: str, names: list[str], resumed: str | None) -> Trace:
-    if resumed is not None and Path(resumed).exists():
+    if resumed is not None:
         observed = trace.read(resumed)
         if observed.model != model.fingerprint:
             raise InputError("cannot resume: the trace is of another model", got=observed.source)
@@ -89,16 +92,35 @@ def _start(model: Model, name: str, names: list[str], resumed: str | None) -> Tr
     return Trace(model.fingerprint, name, {stat: statistic(stat)(model, model.geometry) for stat in names})
 
 
-def _raw(raw: dict[str, Any], output: str, model: Model, corpora: dict[str, Corpus]) -> Raw:
+def _raw_kinds(raw: dict[str, Any]) -> tuple[str, ...]:
+    if raw["kinds"] is None:
+        astray = [f"--{name}" for name, value in (("layers", raw["layers"]), ("heads", raw["heads"]), ("raw-tokens", raw["tokens"]))
+                  if value is not None]  # fmt: skip
+        if astray:
+            raise InputError(f"{astray[0]} without --raw", remedy="say what to write, like --raw k,v")
+        return ()
+    if raw["tokens"] is not None and raw["tokens"] < 1:
+        raise InputError("bad --raw-tokens", got=raw["tokens"], expected="1 or more")
+    return tuple(kind.strip() for kind in raw["kinds"].split(","))
+
+
+def _raw_folder(output: str, force: bool) -> Path:
     if output == "-":
         raise InputError("--raw needs a file name", got="-o -")
+    folder = Path(output).with_suffix(".raw")
+    if folder.exists() and not force:
+        raise InputError(f"{folder} exists already", remedy="choose another -o, or pass --force to overwrite it")
+    return folder
+
+
+def _raw(folder: Path, kinds: tuple[str, ...], raw: dict[str, Any], model: Model, corpora: dict[str, Corpus]) -> Raw:
     if "text" not in corpora:
         raise InputError("--raw writes text samples", got=", ".join(corpora), remedy="add a statistic over text, like --stat channels")
-    writer = Raw(
-        Path(output).with_suffix(".raw"), tuple(kind.strip() for kind in raw["kinds"].split(",")), model.geometry,
-        span(raw["layers"], model.geometry.layers, "--layers"), span(raw["heads"], model.geometry.query_heads, "--heads"),
-        raw["tokens"],
-    )  # fmt: skip
-    needed = writer.check([len(sample.tokens) for sample in corpora["text"].samples])
+    layers = span(raw["layers"], model.geometry.layers, "--layers")
+    heads = span(raw["heads"], model.geometry.query_heads, "--heads")
+    samples = corpora["text"].samples
+    numbers = {id(sample): number for number, sample in enumerate(samples)}  # the same after a resume
+    writer = Raw(folder, kinds, model.geometry, layers, heads, raw["tokens"], numbers)
+    needed = writer.check([len(sample.tokens) for sample in samples])
     note(f"raw tensors: {size(needed)} into {writer.folder}")
     return writer

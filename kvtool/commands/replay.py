@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from kvtool.commands._console import progress, size, table
 from kvtool.errors import InputError
 from kvtool.model import load
 from kvtool.replay.subject import Subject
-from kvtool.replay.verdict import Verdict, parse, replay, task
+from kvtool.replay.verdict import Verdict, check, replay, task
 
 SHELVES = (Path(__file__).parents[2] / "calibrations", Path(__file__).parents[1] / "calibrations")  # checkout, wheel
 
@@ -23,8 +22,7 @@ def run(
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Returns the record that `--json` prints, and the bounds that are broken."""
     chosen = _tasks(tasks, settings)
-    for bound in bounds:
-        parse(bound)
+    check(bounds, chosen)
     if chunk < 0:
         raise InputError("bad --chunk", got=chunk, expected="0 or more tokens")
     if output is not None:
@@ -36,13 +34,12 @@ def run(
     with progress("replay", sum(task(key).units(value) for key, value in chosen.items())) as advance:
         verdict = replay(subject, chosen, advance)
     show(verdict)
-    record = verdict.record()
-    broken = verdict.broken(bounds)
-    if output == "-":
-        print(json.dumps(record))
-    elif output is not None:
-        files.replace(Path(output), json.dumps(record, indent=1).encode())
-    return record, broken
+    return verdict.record(), verdict.broken(bounds)
+
+
+def write(path: str, document: str) -> None:
+    """Write the verdict's JSON document."""
+    files.replace(Path(path), document.encode())
 
 
 def find(path: str) -> str:

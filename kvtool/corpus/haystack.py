@@ -83,9 +83,7 @@ def compose(
     made = [[_ids(model, part) for part in parts] for parts in (*(parts for _, parts in inserts), tail)]
     room = length - len(model.start) - sum(len(ids) for parts in made for ids in parts)
     if room < 1:
-        raise InputError(
-            "the prompt is too short", got=f"{length} tokens", expected=f"{length - room + 1} or more"
-        )
+        raise InputError("the prompt is too short", got=f"{length} tokens", expected=f"{length - room + 1} or more")
     body = haystack.body(room, rng)
     places = [*(body.seam(depth) for depth, _ in inserts), room]
     spans: list[list[Span]] = [[] for _ in made]

@@ -22,7 +22,7 @@ from kvtool.corpus.haystack import Haystack, Part, compose
 from kvtool.errors import InputError
 from kvtool.model import Model
 
-TOLD = "The secret pass key is:"
+TOLD = "the secret pass key is the number"
 PLACES = (
     "Lisbon", "Oslo", "Cairo", "Tokyo", "Madrid", "Dublin", "Vienna", "Athens", "Warsaw", "Lima", "Nairobi",
     "Boston", "Prague", "Berlin", "Toronto", "Sydney", "Moscow", "Geneva", "Havana", "Seoul",
@@ -50,12 +50,10 @@ def passkey(
     samples = []
     for length, depth in itertools.product(lengths, depths):
         for number in numbers(rng, keys, digits):
-            key = piece(model, f" {number}", before=":")
-            needle: list[Part] = [f"\n\n{TOLD}", key, ". Remember it.", key, " is the secret pass key."]
-            tail = [f"\n\nWhat is the secret pass key? {TOLD}"]
-            tokens, (spans, _) = compose(
-                model, straw, rng, length=length, inserts=[(depth, needle)], tail=tail
-            )
+            key = piece(model, f" {number}", before="number")
+            needle: list[Part] = [f"\n\nImportant: {TOLD}", key, f". Remember it: {TOLD}", key, "."]
+            tail = [f"\n\nWhat is the secret pass key? Important: {TOLD}"]
+            tokens, (spans, _) = compose(model, straw, rng, length=length, inserts=[(depth, needle)], tail=tail)
             answer, evidence = torch.tensor(key), (spans[1], spans[3])
             samples.append(Sample(tokens, "passkey", answer, evidence, length=length, depth=depth))
     options = dict(lengths=list(lengths), depths=list(depths), keys=keys, digits=digits, haystack=haystack)

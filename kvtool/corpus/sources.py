@@ -27,9 +27,7 @@ def documents(source: str, *, field: str = "text", half: str | None = None) -> l
     elif Path(source).is_dir():
         paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not paths:
-            raise InputError(
-                "a folder without text", got=source, expected="files named " + ", ".join(SUFFIXES)
-            )
+            raise InputError("a folder without text", got=source, expected="files named " + ", ".join(SUFFIXES))
         found = [document for path in paths for document in _file(path, field)]
     else:
         found = _file(Path(source), field)

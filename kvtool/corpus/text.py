@@ -58,11 +58,7 @@ def text(
     documents = [document for name in names for document in read(name, field=field, half=half)]
     rng = random.Random(seed)
     rng.shuffle(documents)
-    made = (
-        _packed(model, documents, room, samples, rng)
-        if cut == "pack"
-        else _heads(model, documents, room, samples)
-    )
+    made = _packed(model, documents, room, samples, rng) if cut == "pack" else _heads(model, documents, room, samples)
     if len(made) < samples:
         raise InputError(
             f"too little text in {', '.join(names)}",
@@ -84,9 +80,7 @@ def _sample(model: Model, ids: list[int], tokens: int) -> Sample:
     return Sample(torch.tensor(model.start + ids, dtype=torch.long), "text", length=tokens)
 
 
-def _packed(
-    model: Model, documents: list[str], room: int, samples: int, rng: random.Random
-) -> list[list[int]]:
+def _packed(model: Model, documents: list[str], room: int, samples: int, rng: random.Random) -> list[list[int]]:
     """Up to `samples` windows of exactly `room` tokens, chosen without replacement from those cut."""
     end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
     seam = model.ids("\n\n").tolist() if end is None else [end]

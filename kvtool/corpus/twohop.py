@@ -46,20 +46,12 @@ def twohop(
         )
     straw = Haystack(model, haystack)
     rng = random.Random(seed)
-    made = [
-        _sample(model, straw, rng, length, distractors + 2, digits)
-        for length in lengths
-        for _ in range(samples)
-    ]
-    options = dict(
-        lengths=list(lengths), samples=samples, distractors=distractors, digits=digits, haystack=haystack
-    )
+    made = [_sample(model, straw, rng, length, distractors + 2, digits) for length in lengths for _ in range(samples)]
+    options = dict(lengths=list(lengths), samples=samples, distractors=distractors, digits=digits, haystack=haystack)
     return gather("two-hop", made, seed=seed, options=options, sources=[straw.source])
 
 
-def _sample(
-    model: Model, straw: Haystack, rng: random.Random, length: int, count: int, digits: int
-) -> Sample:
+def _sample(model: Model, straw: Haystack, rng: random.Random, length: int, count: int, digits: int) -> Sample:
     """One prompt about `count` people: the first is asked for, the second is the worked example."""
     people, places = rng.sample(PEOPLE, count), rng.sample(PLACES, count)
     homes = [piece(model, f" {place}", before="in") for place in places]

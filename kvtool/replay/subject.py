@@ -67,6 +67,11 @@ class Result:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+def half(source: tuple[str, ...]) -> str | None:
+    """Of the default text, what nothing was calibrated on; a user's own text has no halves."""
+    return "held-out" if "default" in source else None
+
+
 def batches(items: list[Any], size: int) -> Iterable[list[Any]]:
     """Consecutive lists of at most `size`."""
     return (items[start : start + size] for start in range(0, len(items), size))

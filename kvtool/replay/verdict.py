@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +32,16 @@ class Verdict:
         return {**self.facts, "metrics": self.metrics, "tasks": {name: r.detail for name, r in self.results.items()}}
 
     def broken(self, bounds: list[str]) -> list[str]:
-        """The bounds ("recall<0.9" fails when true) that this verdict breaks; raises InputError for a bound it cannot read."""
+        """The bounds ("recall<0.9" fails when true) that this verdict breaks; a metric that is NaN breaks every bound.
+
+        Raises InputError for a bound that cannot be read, or on a metric that was not measured.
+        """
         found = []
         for bound in bounds:
             name, compare, limit = parse(bound)
             if name not in self.metrics:
                 raise unknown("metric", name, self.metrics)
-            if compare(self.metrics[name], limit):
+            if math.isnan(self.metrics[name]) or compare(self.metrics[name], limit):
                 found.append(f"{bound} (it is {self.metrics[name]:.4g})")
         return found
 
@@ -49,6 +54,15 @@ def parse(bound: str):
         return name.replace("-", "_"), _OPERATORS[sign], float(limit)
     except (KeyError, ValueError) as error:
         raise InputError("cannot read the bound", got=repr(bound), expected="like 'recall<0.9' or 'bytes_ratio>0.6'") from error
+
+
+def check(bounds: list[str], tasks: Iterable[str]) -> None:
+    """Raise InputError, before any work, for a bound that cannot be read or that none of these tasks measures."""
+    known = [metric for name in tasks for metric in task(name).METRICS]
+    for bound in bounds:
+        name, _, _ = parse(bound)
+        if name not in known:
+            raise unknown("metric", name, known)
 
 
 def task(name: str):

@@ -40,19 +40,21 @@ def test_sums_along_diagonals(any_model: Model) -> None:
 
 @pytest.mark.parametrize("start", [False, True], ids=["bare", "start-token"])
 def test_the_published_formula(start: bool, llama: Model) -> None:
-    """Mean over the rows of copies 2, 3, …; only what follows an earlier copy counts, the start token's row and column do not."""
+    """Mean over the rows of copies 2, 3, …, the start token's row and column left out. Ours is more by what the rows at the end of
+    a copy give to the first token, and to the start token: at most 1/R each."""
     model = dataclasses.replace(llama, tokenizer=Characters(start=start))
     corpus = repeat(model, period=PERIOD, copies=COPIES, samples=1)
     tokens = corpus.samples[0].tokens
     assert len(tokens) == PERIOD * COPIES + start
-    echo, induction = seen(model, corpus)
+    found, rows = seen(model, corpus), range(PERIOD, PERIOD * COPIES)
     for layer, record in enumerate(written_down(model, tokens)):
         weights = record.weights[:, int(start) :, int(start) :]
-        rows = range(PERIOD, PERIOD * COPIES)
-        earlier = {row: list(range(row % PERIOD, row, PERIOD)) for row in rows}
-        close(echo[layer], sum(weights[:, row, earlier[row]].sum(-1) for row in rows) / len(rows), torch.float32)
-        after = sum(weights[:, row, [j + 1 for j in earlier[row]]].sum(-1) for row in rows) / len(rows)
-        close(induction[layer], after, torch.float32)
+        for scores, after in zip(found, (0, 1), strict=True):
+            columns = {row: [j + after for j in range(row % PERIOD, row, PERIOD)] for row in rows}
+            exact = sum(weights[:, row, columns[row]].sum(-1) for row in rows) / len(rows)
+            excess = scores[layer] - exact
+            assert float(excess.min()) > -1e-6
+            assert float(excess.max()) < (after + start) / PERIOD + 1e-6
 
 
 def one_hot(back: int, tokens: int) -> torch.Tensor:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtool.corpus.text import text
-from kvtool.replay.subject import SIDES, Progress, Result, Subject
+from kvtool.options import at_least
+from kvtool.replay.subject import SIDES, Progress, Result, Subject, half
+
+
+METRICS = ("same_tokens",)
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,15 @@ class Options:
     prompt: int = 1000
     tokens: int = 40
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "prompt", "tokens")
+
 
 def run(subject: Subject, options: Options, progress: Progress) -> Result:
     corpus = text(
-        subject.model, list(options.source), tokens=options.prompt, samples=1, seed=subject.seed + 1, half="held-out"
-    )
+        subject.model, list(options.source), tokens=options.prompt, samples=1, seed=subject.seed + 1,
+        half=half(options.source),
+    )  # fmt: skip
     prompt = corpus.samples[0].tokens[None]
     ids, written = {}, {}
     for side in SIDES:

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from kvtool.corpus.passkey import passkey
+from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject, batches
+
+
+METRICS = ("recall", "recall_full")
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,9 @@ class Options:
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     keys: int = 4
     batch: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "keys", "batch")
 
 
 def run(subject: Subject, options: Options, progress: Progress) -> Result:

@@ -10,7 +10,14 @@ import time
 from dataclasses import dataclass
 
 from kvtool.corpus.text import text
+from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject
+
+
+METRICS = (
+    "bytes_held", "bytes_held_full", "bytes_ratio", "bytes_read", "bytes_read_full", "bytes_moved", "prefill_seconds",
+    "prefill_seconds_full", "prefill_ratio", "decode_seconds", "decode_seconds_full", "decode_ratio",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,9 @@ class Options:
     length: int = 2000
     steps: int = 32
     repeats: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "length", "steps", "repeats")
 
 
 def run(subject: Subject, options: Options, progress: Progress) -> Result:

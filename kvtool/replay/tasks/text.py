@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from kvtool.corpus.text import text
-from kvtool.replay.subject import SIDES, Progress, Result, Subject
+from kvtool.options import at_least
+from kvtool.replay.subject import SIDES, Progress, Result, Subject, half
+
+
+METRICS = ("perplexity", "perplexity_full", "perplexity_ratio", "kl", "agreement")
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,14 @@ class Options:
     tokens: int = 64
     samples: int = 4
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "prompt", "tokens", "samples")
+
 
 def run(subject: Subject, options: Options, progress: Progress) -> Result:
     corpus = text(
         subject.model, list(options.source), tokens=options.prompt + options.tokens, samples=options.samples,
-        seed=subject.seed, half="held-out",
+        seed=subject.seed, half=half(options.source),
     )  # fmt: skip
     ids = torch.stack([sample.tokens for sample in corpus.samples])
     caches = {side: subject.cache(side, options.prompt) for side in SIDES}
