@@ -34,17 +34,26 @@ Written by `python docs/generate.py`; a test compares.
 `kvtool inspect FILE` explains any trace or plan.
 
 **Output.** Stdout carries data only: the path of what was written, or one JSON record with `--json`. Tables, progress
-and warnings go to stderr. `-` as a file is stdin or stdout; when the file itself goes to stdout, no path and no record
-is printed. `profile` without `-o` writes `<model>.trace.safetensors` into the current folder, `calibrate` writes
-`<model>.<method>.plan.safetensors`. An existing file is never overwritten without `--force`. A file appears under its
-name only when it is whole.
+and warnings go to stderr. `-` as a file is stdin or stdout; when the file itself goes to stdout, no path is printed,
+and `--json` is refused. `profile` without `-o` writes `<model>.trace.safetensors` into the current folder, `calibrate`
+writes `<model>.<method>.plan.safetensors`. An existing file is never overwritten without `--force`. A file appears
+under its name only when it is whole.
 
 **Exit codes.** 0: done. 1: the run failed, or a `--fail-if` bound is broken. 2: bad usage or bad input. 130:
 interrupted. A failure is one line on stderr; `--debug` shows the traceback.
 
-**Spelling.** Dashes and underscores in option names are the same. `--config FILE.yaml` maps option names to values,
-for all commands or below a command's name; what stands on the command line wins. `--set key=value` reaches options
-that a method, a corpus or a task declares itself, and may be repeated.
+**Spelling.** Dashes and underscores in option names are the same. `--set key=value` reaches options that a method, a
+corpus or a task declares itself, and may be repeated. `-h` explains any command.
+
+**Configuration.** `--config FILE.yaml` maps option names to values, for all commands that have the option or below a
+command's name. What stands on the command line wins, settings key by key.
+
+```yaml
+seed: 1
+profile:
+  tokens: 512
+  set: {needle: {lengths: [500, 1000]}}
+```
 
 **Seeds.** `--seed` seeds everything that is drawn. Equal inputs on the same machine and versions give equal files.
 """
@@ -66,8 +75,16 @@ def command_line() -> str:
     parts = [INTRODUCTION, "## Options of `kvtool` itself\n", _options(group)]
     for name, command in group.commands.items():
         usage = " ".join(["kvtool", name, *(_usage(p) for p in command.params if _is_argument(p)), "[OPTIONS]"])
-        parts += [f"## `{name}`\n", inspect.cleandoc(command.help) + "\n", f"```\n{usage}\n```\n", _options(command)]
+        parts += [f"## `{name}`\n", inspect.cleandoc(command.help).replace("\b\n", "") + "\n"]
+        parts += [_block([usage]), _options(command)]
+        examples = re.findall(r"kvtool .+", command.epilog or "")
+        if examples:
+            parts.append(_block(examples))
     return "\n".join(parts)
+
+
+def _block(lines: Sequence[str]) -> str:
+    return "\n".join(["```sh", *lines, "```"]) + "\n"
 
 
 def _options(command: Any) -> str:

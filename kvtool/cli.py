@@ -247,7 +247,7 @@ def _emit(record: dict[str, Any], as_json: bool) -> None:
 
 def _one_document(output: str | None, as_json: bool) -> None:
     if as_json and output == "-":
-        raise InputError("stdout cannot carry both the file and its record", got="-o - and --json", remedy="drop one of them")
+        raise InputError("stdout cannot carry the file and its record", got="-o - and --json", remedy="drop one of them")
 
 
 def document(record: dict[str, Any], indent: int | None = None) -> str:
@@ -278,7 +278,7 @@ def _options() -> dict[str, Options]:
 
 
 def main() -> None:
-    """Run, and turn every failure into one line and an exit code: 1 the run failed, 2 bad usage or bad input, 130 interrupted."""
+    """Run, and turn every failure into one line and an exit code: 1 the run failed, 2 bad usage or input, 130 interrupted."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

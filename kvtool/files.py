@@ -74,7 +74,7 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
 
 
 def replace(path: Path, payload: bytes) -> None:
-    """Write `payload` under a temporary name beside `path`, then rename it into place; a pipe or device is written to as it is."""
+    """Write `payload` under a temporary name beside `path`, then rename it into place; pipes and devices are just written to."""
     scratch = _scratch(path)
     try:
         if is_stream(path):

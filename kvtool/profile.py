@@ -71,8 +71,9 @@ def _observe(
     model: Model, sample: Sample, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None
 ) -> None:
     watch = _Watch(listeners, costs, raw)
-    watch.all("begin", sample)
-    with model.served(), torch.no_grad():
+    with model.device:  # what statistics create lies where the model is
+        watch.all("begin", sample)
+    with model.served(), torch.no_grad(), model.device:
         answer = _copying(model, sample, watch) if watch.wants("step") else None
         if watch.wants("states") or watch.wants("rows") or watch.wants("stream"):
             _forward(model, sample, watch)
@@ -235,8 +236,8 @@ def _copying(model: Model, sample: Sample, watch: _Watch) -> torch.Tensor:
     for _ in range(limit):
         logits = model.network(input_ids=token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         token = logits.argmax(-1, keepdim=True)
-        attention = torch.stack([layer.row for layer in layers]).cpu()
-        watch.all("step", Copying(attention, int(token), sample.tokens))
+        attention = torch.stack([layer.row for layer in layers])
+        watch.all("step", Copying(attention, int(token), tokens[0]))
         answer.append(int(token))
         if int(token) in stop_tokens(model):
             break

@@ -1,7 +1,8 @@
 """Tiny models built in memory: five architectures, the corner cases of attention, and one whose heads are set by hand.
 
-Every builder is seeded and returns a `kvtool.model.Model` without a tokenizer; `with_tokenizer` adds one of single characters.
-Weights are large enough for attention to be peaked: a cache that loses an entry moves the logits by far more than the tolerance.
+Every builder is seeded and returns a `kvtool.model.Model` without a tokenizer; `with_tokenizer` adds one of single
+characters. Weights are large enough for attention to be peaked: a cache that loses an entry moves the logits by far more
+than the tolerance.
 """
 
 from __future__ import annotations
@@ -169,9 +170,10 @@ TURNING = 16  # rotary pairs with a frequency that matters; the others hardly tu
 def induction_model() -> Model:
     """A two-layer Llama that continues a repeated sequence, all by one induction head.
 
-    The residual stream is [1 | token | previous token | prediction]. Layer 0 has the previous-token head (queries and keys are
-    constants turned by RoPE, one position apart) and an echo head that finds equal tokens but puts out nothing. Layer 1 has the
-    induction head: the current token's code looks for entries whose previous token it was. KV heads are query heads.
+    The residual stream is [1 | token | previous token | prediction]. Layer 0 has the previous-token head (queries and
+    keys are constants turned by RoPE, one position apart) and an echo head that finds equal tokens but puts out nothing.
+    Layer 1 has the induction head: the current token's code looks for entries whose previous token it was. Every query
+    head has a KV head of its own.
     """
     heads, width, hidden = 4, CODE + 2 * TURNING, 4 + 3 * CODE  # a multiple of the heads: three channels are idle
     config = LlamaConfig(
@@ -231,3 +233,12 @@ def repeated(period: int, copies: int, seed: int = 0) -> torch.Tensor:
     """int64 [period·copies]: a random sequence of distinct tokens (never 0), again and again."""
     order = torch.randperm(VOCABULARY - 1, generator=torch.Generator().manual_seed(seed)) + 1
     return order[:period].repeat(copies)
+
+
+def shallow(name: str) -> Model:
+    """The first layer of a tiny model with its embedding and output: what it stores depends on the tokens alone."""
+    model = build(name)
+    network = model.network
+    network.config.num_hidden_layers = 1
+    network.base_model.layers = network.base_model.layers[:1]
+    return Model(network, None, f"shallow {name}")

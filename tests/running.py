@@ -20,12 +20,14 @@ def feed(
     mask: torch.Tensor | None = None,
     shift: int = 0,
 ) -> torch.Tensor:
-    """Logits [B,T,V] of ids [B,T], fed `chunks` tokens at a time; mask [B,T] is 0 on left padding; positions start at `shift`."""
+    """Logits [B,T,V] of ids [B,T], fed in `chunks`; mask [B,T] is 0 on left padding; positions start at `shift`."""
     with model.served(), torch.no_grad():
         return _feed(model, cache, ids, chunks, mask, shift)
 
 
-def own(model: Model, ids: torch.Tensor, chunks: Sequence[int] = (), *, mask: torch.Tensor | None = None) -> torch.Tensor:
+def own(
+    model: Model, ids: torch.Tensor, chunks: Sequence[int] = (), *, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """The same by the model itself: one forward pass, or chunk by chunk with transformers' `DynamicCache`."""
     with torch.no_grad():
         if not chunks:

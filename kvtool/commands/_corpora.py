@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import GenericAlias
 from typing import Any
 
 from kvtool import options
@@ -25,7 +26,7 @@ def scoped(settings: list[str]) -> dict[str, dict[str, str]]:
 
 
 def read(settings: list[str]) -> dict[str, dict[str, Any]]:
-    """["needle.lengths=500", …] → {"needle": {"lengths": (500,)}}; needs no model, so mistakes are told before one is loaded."""
+    """["needle.lengths=500", …] → {"needle": {"lengths": (500,)}}, without a model: mistakes are told before one is loaded."""
     return {kind: typed(kind, values) for kind, values in scoped(settings).items()}
 
 
@@ -37,8 +38,7 @@ def build(
         note(f"note: nothing that is taken reads the {kind} corpus; its settings have no effect")
     made = {}
     for kind in sorted(kinds):
-        given = {name: value for name, value in text.items()} if kind == "text" else {}
-        given |= chosen.get(kind, {})
+        given = {**(text if kind == "text" else {}), **chosen.get(kind, {})}
         if kind == "text" and "default" in given["sources"]:
             given.setdefault("half", "calibration")
         made[kind] = corpora.build(kind, model, **{"seed": seed, **given})
@@ -55,7 +55,7 @@ def typed(kind: str, values: dict[str, str]) -> dict[str, Any]:
         parameter = signature[name]
         wanted: Any = type(parameter.default)
         if isinstance(parameter.default, tuple):
-            wanted = tuple[type(parameter.default[0]), ...]
+            wanted = GenericAlias(tuple, (type(parameter.default[0]), ...))
         elif parameter.default is None:
             wanted = int if str(parameter.annotation).startswith("int") else str
         out[name] = options.convert(value, wanted, f"option {name} of {kind}")

@@ -94,10 +94,9 @@ def _start(model: Model, name: str, names: list[str], resumed: str | None) -> Tr
 
 def _raw_kinds(raw: dict[str, Any]) -> tuple[str, ...]:
     if raw["kinds"] is None:
-        astray = [f"--{name}" for name, value in (("layers", raw["layers"]), ("heads", raw["heads"]), ("raw-tokens", raw["tokens"]))
-                  if value is not None]  # fmt: skip
-        if astray:
-            raise InputError(f"{astray[0]} without --raw", remedy="say what to write, like --raw k,v")
+        for option, value in (("--layers", raw["layers"]), ("--heads", raw["heads"]), ("--raw-tokens", raw["tokens"])):
+            if value is not None:
+                raise InputError(f"{option} without --raw", got=value, remedy="say what to write, like --raw k,v")
         return ()
     if raw["tokens"] is not None and raw["tokens"] < 1:
         raise InputError("bad --raw-tokens", got=raw["tokens"], expected="1 or more")
@@ -115,7 +114,9 @@ def _raw_folder(output: str, force: bool) -> Path:
 
 def _raw(folder: Path, kinds: tuple[str, ...], raw: dict[str, Any], model: Model, corpora: dict[str, Corpus]) -> Raw:
     if "text" not in corpora:
-        raise InputError("--raw writes text samples", got=", ".join(corpora), remedy="add a statistic over text, like --stat channels")
+        raise InputError(
+            "--raw writes text samples", got=", ".join(corpora), remedy="add a statistic over text, like --stat channels"
+        )
     layers = span(raw["layers"], model.geometry.layers, "--layers")
     heads = span(raw["heads"], model.geometry.query_heads, "--heads")
     samples = corpora["text"].samples

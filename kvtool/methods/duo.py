@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from kvtool import gates, plan
+from kvtool.corpus.haystack import Haystack
 from kvtool.corpus.passkey import multi_passkey
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, best, full_attention, share
@@ -40,10 +41,10 @@ class Options:
     full: float = 0.5
     sink: int = 16
     recent: int = 64
-    steps: int = 100
-    lengths: tuple[int, ...] = (512,)
+    steps: int = 60
+    lengths: tuple[int, ...] = (512, 1536)
     passkeys: int = 5
-    lr: float = 0.04
+    lr: float = 0.05
     l1: float = 0.05
     patience: int = 20
     own_full: bool = False
@@ -82,16 +83,24 @@ def train(context: Context, options: Options, eligible: torch.Tensor) -> tuple[t
     """(alpha fp32 [L,K], distillation loss per step fp32 [steps])."""
     model = context.model
     assert model is not None
-    alpha = context.resume.get("alpha", torch.ones(eligible.shape)).clone().requires_grad_(True)
+    alpha = context.resume.get("alpha", torch.ones(eligible.shape)).to(model.device, copy=True).requires_grad_(True)
     optimiser = torch.optim.AdamW([alpha], lr=options.lr, weight_decay=0.0)
     losses = context.resume.get("loss", torch.zeros(0)).tolist()
     if "moment" in context.resume:
-        moments = {"exp_avg": context.resume["moment"].clone(), "exp_avg_sq": context.resume["moment_sq"].clone()}
+        moments = {
+            "exp_avg": context.resume["moment"].to(model.device, copy=True),
+            "exp_avg_sq": context.resume["moment_sq"].to(model.device, copy=True),
+        }
         optimiser.state[alpha] = {"step": torch.tensor(float(len(losses))), **moments}
-    settled, chosen = 0, None
+    count = round(options.full * int(eligible.sum()))
+    chosen = best(alpha.detach().cpu(), count, eligible, context.seed)
+    settled = int(context.resume.get("settled", 0))
+    straw = Haystack(model, "calibration")
     for step in range(len(losses), options.steps):
         length = options.lengths[step % len(options.lengths)]
-        sample = multi_passkey(model, length=length, passkeys=options.passkeys, seed=context.seed, index=step)
+        sample = multi_passkey(
+            model, length=length, passkeys=options.passkeys, seed=context.seed, index=step, haystack=straw
+        )
         rows = torch.cat([torch.arange(start - 1, stop - 1) for start, stop in sample.labels])
         optimiser.param_groups[0]["lr"] = options.lr * trapezoid(step, options.steps)
         recording = gates.record(model, sample.tokens)
@@ -100,23 +109,29 @@ def train(context: Context, options: Options, eligible: torch.Tensor) -> tuple[t
         )
         distance = (hidden[rows] - recording.hidden[rows]).float().square().mean()
         optimiser.zero_grad()
-        (distance + options.l1 * alpha[eligible].abs().mean()).backward()
+        (distance + options.l1 * alpha[eligible.to(alpha.device)].abs().mean()).backward()
         optimiser.step()
         with torch.no_grad():
             alpha.clamp_(0.0, 1.0)
         losses.append(distance.item())
-        now = best(alpha.detach(), round(options.full * int(eligible.sum())), eligible, context.seed)
-        settled = settled + 1 if chosen is not None and torch.equal(now, chosen) else 0
+        now = best(alpha.detach().cpu(), count, eligible, context.seed)
+        settled = settled + 1 if torch.equal(now, chosen) else 0
         chosen = now
-        mean = float(alpha.detach()[eligible].mean())
+        mean = float(alpha.detach().cpu()[eligible].mean())
         context.progress(step + 1, options.steps, f"loss {losses[-1]:.4f}, mean gate {mean:.2f}, settled {settled}")
         moments = optimiser.state[alpha]
         context.checkpoint(
-            {"alpha": alpha.detach(), "loss": torch.tensor(losses), "moment": moments["exp_avg"], "moment_sq": moments["exp_avg_sq"]}
+            {
+                "alpha": alpha.detach().cpu(),
+                "loss": torch.tensor(losses),
+                "settled": torch.tensor(settled),
+                "moment": moments["exp_avg"].cpu(),
+                "moment_sq": moments["exp_avg_sq"].cpu(),
+            }
         )
         if options.patience and settled >= options.patience and step >= options.steps // 2:
             break
-    return alpha.detach(), torch.tensor(losses)
+    return alpha.detach().cpu(), torch.tensor(losses)
 
 
 def trapezoid(step: int, steps: int, floor: float = 0.1) -> float:

@@ -87,7 +87,8 @@ class Statistic:
     def add(self, name: str, *shape: int, rule: Rule = "sum", dtype: torch.dtype = torch.float64) -> None:
         """A new accumulator at its neutral element."""
         neutral = {"sum": 0.0, "min": float("inf"), "max": float("-inf")}[rule]
-        self.rules[name], self.state[name] = rule, torch.full(shape, neutral, dtype=dtype)
+        device = self.model.device if self.model is not None else "cpu"
+        self.rules[name], self.state[name] = rule, torch.full(shape, neutral, dtype=dtype, device=device)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.state[name]
@@ -121,7 +122,8 @@ class Statistic:
     def merge(self, other: Statistic) -> None:
         """Fold `other` into this one; raises InputError when the shapes differ."""
         for name, rule in self.rules.items():
-            mine, theirs = self.state[name], other.state[name]
+            mine = self.state[name]
+            theirs = other.state[name].to(mine.device)
             if mine.shape != theirs.shape:
                 raise InputError(f"{name} differs in shape", got=tuple(theirs.shape), expected=tuple(mine.shape))
             if rule == "sum":
@@ -131,7 +133,7 @@ class Statistic:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the trace stores."""
-        return self.state
+        return {name: tensor.cpu() for name, tensor in self.state.items()}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `tensors`; raises InputError when one is missing."""

@@ -41,12 +41,8 @@ def test_options_reach_the_builder():
 
 
 def test_listing_imports_no_torch():
-    code = (
-        "import sys; from kvtool.corpus import registry; registry.names(); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from kvtool.corpus import registry; registry.names(); sys.exit('torch' in sys.modules)"
     assert (
-        subprocess.run(
-            [sys.executable, "-c", code], check=False, env={"PYTHONPATH": ":".join(sys.path)}
-        ).returncode
+        subprocess.run([sys.executable, "-c", code], check=False, env={"PYTHONPATH": ":".join(sys.path)}).returncode
         == 0
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvtool_kernels import ops
-from kvtool_kernels.attend.spec import CASES, Case, inputs
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvtool_kernels import ops
+from kvtool_kernels.attend.spec import CASES, Case, inputs
 from tests.kernels.twins import device, names, reference, twin
 from tests.tolerance import close
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvtool_kernels.attention_statistics.spec import CASES, Case, inputs
 
+from kvtool_kernels.attention_statistics.spec import CASES, Case, inputs
 from tests.kernels.twins import device, names, reference, twin
 from tests.tolerance import close
 
@@ -33,7 +33,11 @@ def test_outputs_keep_their_dtype(name: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(tokens=20, cells=6, first=7), Case(tokens=20, cells=30, window=5), Case(tokens=20, sinks=True, softcap=2.0, size=3.0)],
+    [
+        Case(tokens=20, cells=6, first=7),
+        Case(tokens=20, cells=30, window=5),
+        Case(tokens=20, sinks=True, softcap=2.0, size=3.0),
+    ],
     ids=str,
 )
 def test_the_definition_row_by_row(case: Case) -> None:

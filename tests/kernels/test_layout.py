@@ -6,8 +6,8 @@ import importlib
 import inspect
 
 import pytest
-from kvtool_kernels import ops
 
+from kvtool_kernels import ops
 from tests.kernels.twins import OPERATIONS, ROOT, names, reference, twin
 
 

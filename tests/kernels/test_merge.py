@@ -1,4 +1,4 @@
-"""`merge` is exact, associative and commutative, with neutral element (0, −inf); its twins agree with its definition."""
+"""`merge` is exact, associative and commutative, with neutral element (0, −inf); its twins agree with it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
+
 from kvtool_kernels.merge.spec import SHAPES, inputs
 from kvtool_kernels.ops import attend
-
 from tests.kernels.twins import device, names, reference, twin
 from tests.tolerance import close, same
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kvtool_kernels
 import pytest
 import torch
+
+import kvtool_kernels
 
 ROOT = Path(kvtool_kernels.__file__).parent
 OPERATIONS = sorted(path.parent.name for path in ROOT.glob("*/reference.py"))
@@ -22,7 +23,7 @@ def names(operation: str) -> list[str]:
 
 
 def twin(operation: str, name: str) -> Callable[..., Any]:
-    """The function of one twin. Triton code runs on the GPU, or interpreted where there is none (see tests/conftest.py)."""
+    """The function of one twin. Triton runs on the GPU, interpreted where there is none (tests/conftest.py)."""
     if name == "triton":
         pytest.importorskip("triton")
     return getattr(importlib.import_module(f"kvtool_kernels.{operation}.{name}"), operation)

@@ -25,8 +25,8 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """tiny: lossy within a few tokens. lossless: on sequences of up to 900 tokens. ladder: growing budgets, the last one lossless;
-    for the induction model and repeats of 24 tokens."""
+    """tiny: lossy within a few tokens. lossless: on sequences of up to 900 tokens. ladder: growing budgets for the
+    induction model and repeats of 24 tokens, the last one lossless."""
 
     tiny: tuple[Options, ...]
     lossless: tuple[Options, ...]

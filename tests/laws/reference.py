@@ -1,7 +1,7 @@
-"""The definition of what a plan's cache computes: one forward pass with explicit masks over all queries, keys and values.
+"""The definition of what a plan's cache computes: one forward pass with explicit masks over all entries.
 
-Shares nothing with the package but the plan: attention is registered here under a name of its own, rotations come from transformers,
-and every query row is computed by itself from the set of entries it sees.
+Shares nothing with the package but the plan: attention is registered here under a name of its own, rotations come from
+transformers, and every query row is computed by itself from the set of entries it sees.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Law 2, first half: prefill and decode are one function, however the tokens are cut into chunks.
 
-It holds in the protocol "strict", where a windowed head sees only its window in prefill too. In "official" a chunk is seen whole.
+It holds in the protocol "strict", where a windowed head sees only its window in prefill too. In "official" a chunk is
+seen whole.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtool import registry
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
 from tests import models
@@ -26,11 +27,9 @@ def test_the_same_plan_file_twice(name: str, tmp_path: Path) -> None:
 
 
 def test_the_same_trace_file_twice(tmp_path: Path) -> None:
-    from kvtool.registry import names
-
     payloads = []
     for turn in ("first", "second"):
-        made = trace(models.build("llama"), tuple(names("statistics")))
+        made = trace(models.build("llama"), tuple(registry.names("statistics")))
         payloads.append(Path(made.write(str(tmp_path / turn))).read_bytes())
     assert payloads[0] == payloads[1]
 

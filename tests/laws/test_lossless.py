@@ -37,7 +37,9 @@ def test_methods(case: str, protocol: str, model: Model) -> None:
         close(feed(model, cache, IDS, chunks), expected)
 
 
-@pytest.mark.parametrize("options", [dict(do_sample=False), dict(do_sample=False, num_beams=3)], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options", [dict(do_sample=False), dict(do_sample=False, num_beams=3)], ids=["greedy", "beams"]
+)
 @pytest.mark.parametrize("case", [None, *LOSSLESS])
 def test_generate(case: str | None, options: dict[str, int], llama: Model) -> None:
     plan = None if case is None else lossless(case, llama.name)
@@ -60,5 +62,7 @@ def test_other_dtypes(case: str | None, dtype: torch.dtype) -> None:
         plan = dataclasses.replace(lossless(case, "llama"), model=model.fingerprint)
     logits = feed(model, SegmentCache(model, plan, prompt_length=30), IDS, [22, *[1] * 8])
     expected = own(model, IDS)
-    scale = expected.float().std()  # rounding is relative to the largest activations, so compare in units of their spread
+    scale = (
+        expected.float().std()
+    )  # rounding is relative to the largest activations, so compare in units of their spread
     close(logits / scale, expected / scale, torch.float32 if dtype == torch.float64 else dtype)

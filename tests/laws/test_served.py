@@ -11,9 +11,8 @@ from torch import nn
 from kvtool import gates, registry
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.errors import InputError
-from kvtool.model import Model
 from tests import models
-from tests.laws.methods import ROWS, ragged, plan, trace
+from tests.laws.methods import ROWS, plan, ragged, trace
 from tests.models import random_ids
 from tests.running import feed, own
 from tests.tolerance import same
@@ -21,7 +20,10 @@ from tests.tolerance import same
 
 def state(network: nn.Module) -> dict[str, Any]:
     """Everything that hangs on a network but its tensors' values."""
-    found: dict[str, Any] = {"implementation": network.config._attn_implementation, "config": network.config.to_json_string()}
+    found: dict[str, Any] = {
+        "implementation": network.config._attn_implementation,
+        "config": network.config.to_json_string(),
+    }
     for name, module in network.named_modules():
         found[f"{name}: attributes"] = sorted(vars(module))
         found[f"{name}: forward"] = vars(module).get("forward"), type(module).forward

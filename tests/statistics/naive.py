@@ -1,7 +1,7 @@
-"""One eager forward pass with everything written down: the n×n attention, queries, keys before and after RoPE, the residual stream.
+"""One eager forward pass with all written down: n×n attention, queries, keys before and after RoPE, the residual stream.
 
-Shares nothing with kvtool's profiler: attention is each architecture's own eager one, keys before RoPE come from hooks on the
-projections (and their norms), the stream from hooks on the layers.
+Shares nothing with kvtool's profiler: attention is each architecture's own eager one, keys before RoPE come from hooks on
+the projections (and their norms), the stream from hooks on the layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = "written-down"
 
 @dataclass
 class Seen:
-    """One layer: weights [H,T,T]; q [H,T,D], k, v and k_pre [K,T,D]; before, middle and after [T,hidden]; W_O [hidden,H·D]."""
+    """One layer: weights [H,T,T]; q [H,T,D], k, v and k_pre [K,T,D]; the stream [T,hidden]; W_O [hidden,H·D]."""
 
     weights: torch.Tensor
     q: torch.Tensor
@@ -49,7 +49,9 @@ _calls: list[dict[str, Any]] = []
 def _attention(module: Any, query, key, value, attention_mask, scaling=None, **kwargs):
     eager = sys.modules[type(module).__module__].eager_attention_forward
     out, weights = eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    _calls.append(dict(weights=weights[0], q=query[0], k=key[0], v=value[0], scale=scaling, window=kwargs.get("sliding_window")))
+    _calls.append(
+        dict(weights=weights[0], q=query[0], k=key[0], v=value[0], scale=scaling, window=kwargs.get("sliding_window"))
+    )
     return out, weights
 
 
@@ -90,7 +92,9 @@ def written_down(model: Model, ids: torch.Tensor) -> list[Seen]:
 
 def _hooks(layer: Any, note: dict[str, torch.Tensor]) -> list[Any]:
     attention = getattr(layer, "self_attn", None) or layer.attention
-    keys = next(getattr(attention, name) for name in ("k_norm", "k_proj", "query_key_value") if hasattr(attention, name))
+    keys = next(
+        getattr(attention, name) for name in ("k_norm", "k_proj", "query_key_value") if hasattr(attention, name)
+    )
 
     def keep(name: str, value: Any) -> None:
         note[name] = (value[0] if isinstance(value, tuple) else value).detach()
@@ -98,7 +102,8 @@ def _hooks(layer: Any, note: dict[str, torch.Tensor]) -> list[Any]:
     hooks = [
         keys.register_forward_hook(lambda module, args, out: keep("k_pre", out)),
         layer.register_forward_pre_hook(
-            lambda module, args, kwargs: keep("before", (args[0] if args else kwargs["hidden_states"])[0]), with_kwargs=True
+            lambda module, args, kwargs: keep("before", (args[0] if args else kwargs["hidden_states"])[0]),
+            with_kwargs=True,
         ),
         layer.register_forward_hook(lambda module, args, out: keep("after", out[0])),
     ]

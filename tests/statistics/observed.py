@@ -20,7 +20,9 @@ TOKENS = 70  # more than a block of rows, and than a block of the reservoir
 
 def trace(model: Model, corpora: dict[str, Corpus], names: list[str] | None = None) -> Trace:
     """A fresh trace of `names` (all statistics unless told)."""
-    made = Trace(model.fingerprint, model.name, {name: statistic(name)(model, model.geometry) for name in names or STATISTICS})
+    made = Trace(
+        model.fingerprint, model.name, {name: statistic(name)(model, model.geometry) for name in names or STATISTICS}
+    )
     profile(model, made, corpora)
     return made
 
@@ -30,7 +32,9 @@ def text(name: str) -> tuple[Trace, list[Seen]]:
     """A shared model by its name → (trace of one text, the same text written down)."""
     model, ids = models.shared(name), random_ids(1, TOKENS, seed=20)[0]
     names = [other for other in STATISTICS if statistic(other).corpus == "text"]
-    return trace(model, {"text": gather("text", [Sample(ids, "text")], seed=0, options={})}, names), written_down(model, ids)
+    return trace(model, {"text": gather("text", [Sample(ids, "text")], seed=0, options={})}, names), written_down(
+        model, ids
+    )
 
 
 def kinds_known() -> bool:

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from kvtool_kernels.attention_statistics.reference import Summary
 
 from kvtool.corpus.base import Corpus, Sample, gather
 from kvtool.corpus.repeat import repeat
 from kvtool.model import Model
 from kvtool.statistics._base import Rows
 from kvtool.statistics.induction import Induction
+from kvtool_kernels.attention_statistics.reference import Summary
 from tests.models import ECHO, INDUCTION, PREVIOUS, Characters, repeated
 from tests.statistics.naive import written_down
 from tests.statistics.observed import trace
@@ -40,8 +40,8 @@ def test_sums_along_diagonals(any_model: Model) -> None:
 
 @pytest.mark.parametrize("start", [False, True], ids=["bare", "start-token"])
 def test_the_published_formula(start: bool, llama: Model) -> None:
-    """Mean over the rows of copies 2, 3, …, the start token's row and column left out. Ours is more by what the rows at the end of
-    a copy give to the first token, and to the start token: at most 1/R each."""
+    """Mean over the rows of copies 2, 3, …, the start token's row and column left out. Ours is more by what the rows at
+    the end of a copy give to the first token, and to the start token: at most 1/R each."""
     model = dataclasses.replace(llama, tokenizer=Characters(start=start))
     corpus = repeat(model, period=PERIOD, copies=COPIES, samples=1)
     tokens = corpus.samples[0].tokens
@@ -66,7 +66,7 @@ def one_hot(back: int, tokens: int) -> torch.Tensor:
 
 
 def test_one_hot_heads(llama: Model) -> None:
-    """An induction head has (echo, induction) = (0, 1), a previous-token head (0, 0), a head on the same token (1, 0)."""
+    """(echo, induction) is (0, 1) for an induction head, (0, 0) for a previous-token head, (1, 0) for an echo head."""
     tokens, rows = PERIOD * COPIES, PERIOD * (COPIES - 1)
     weights = torch.stack([one_hot(back, tokens) for back in (PERIOD - 1, 1, PERIOD, 0, 5)])
     weights[:, :PERIOD] = 0  # rows of the first copy do not count

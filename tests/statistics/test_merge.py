@@ -1,4 +1,4 @@
-"""The law of every statistic: a profile of A and B is the merge of the profiles of A and of B, in any order and grouping."""
+"""The law of every statistic: the profile of A and B is the merge of their profiles, in any order and grouping."""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ def naive(model: Model, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     ids, prompt = sample.tokens, sample.tokens
     needle = {position for start, stop in sample.evidence for position in range(start, stop)}
     g = model.geometry
-    copied: dict[tuple[int, int], list[int]] = {(layer, head): [] for layer in range(g.layers) for head in range(g.query_heads)}
+    copied: dict[tuple[int, int], list[int]] = {
+        (layer, head): [] for layer in range(g.layers) for head in range(g.query_heads)
+    }
     assert sample.answer is not None
     for _ in range(len(sample.answer) + 2):
         with torch.no_grad():
@@ -54,7 +56,7 @@ def continuation(model: Model, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "gemma2", "induction"])
 def test_against_whole_forward_passes(name: str) -> None:
-    """The answer is what the model says, so that every prompt counts; the needle is the whole prompt, so that heads hit it."""
+    """The answer is what the model says, so every prompt counts; the needle is all of the prompt, so heads hit it."""
     model = models.induction_model() if name == "induction" else models.shared(name)
     ids = torch.cat([repeated(12, 2), repeated(12, 1)[:5]])
     if name != "induction":  # let the prompt hold what the model will say
@@ -79,7 +81,9 @@ def test_a_first_token_from_elsewhere_costs_one(induction: Model) -> None:
     """A prompt that ends elsewhere than before the needle: the first needle token is not copied."""
     sample = needle(induction, samples=1, size=12).samples[0]
     start, stop = sample.evidence[0]
-    later = torch.cat([sample.tokens[:-1], sample.tokens[start : start + 1]])  # now it ends with the needle's first token
+    later = torch.cat(
+        [sample.tokens[:-1], sample.tokens[start : start + 1]]
+    )  # now it ends with the needle's first token
     statistic = seen(induction, dataclasses.replace(sample, tokens=later))
     assert float(statistic["score"][INDUCTION]) == pytest.approx((stop - start - 1) / (stop - start))
 

@@ -1,6 +1,8 @@
-"""Statistics of keys, values and queries against the tensors themselves; keys before RoPE against the projections' outputs."""
+"""Statistics of keys, values and queries against the tensors themselves; keys before RoPE against the projections."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 
@@ -9,7 +11,7 @@ from kvtool.statistics.channels import HALF, HIGH, LOW, histogram
 from kvtool.statistics.reservoir import BLOCKS, FREE
 from kvtool.statistics.reservoir import TOKENS as BLOCK
 from tests.models import random_ids
-from tests.statistics.naive import Seen
+from tests.statistics.naive import written_down
 from tests.statistics.observed import TOKENS, text
 from tests.tolerance import close, same
 
@@ -74,7 +76,7 @@ def test_neighbours(any_model: Model) -> None:
     def cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).sum(-1)
 
-    for index, (lower, upper) in enumerate(zip(layers, layers[1:], strict=False)):
+    for index, (lower, upper) in enumerate(itertools.pairwise(layers)):
         for kind in "kv":
             close(trace["neighbours"][kind][index], cosine(getattr(lower, kind), getattr(upper, kind)), torch.float32)
 
@@ -84,7 +86,7 @@ def test_neighbours_before_and_after_rope_agree_where_both_layers_turn_alike(lla
     before = torch.stack(
         [
             torch.nn.functional.cosine_similarity(lower.k_pre, upper.k_pre, dim=-1).sum(-1)
-            for lower, upper in zip(layers, layers[1:], strict=False)
+            for lower, upper in itertools.pairwise(layers)
         ]
     )
     close(trace["neighbours"]["k"], before, torch.float32)
@@ -103,9 +105,7 @@ def test_reservoir(any_model: Model) -> None:
 
 def test_keys_before_rope_are_the_projections_output(any_model: Model) -> None:
     ids = random_ids(1, 40, seed=21)[0]
-    from tests.statistics.naive import written_down
-
-    layers: list[Seen] = written_down(any_model, ids)
+    layers = written_down(any_model, ids)
     for index, layer in enumerate(layers):
         rotary = any_model.rotary(index)
         table = rotary.table(torch.arange(len(ids)))

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """q [B,H,T,D], k and v [B,K,S,D]. `hide` adds a bias: left padding per row, random entries, whole rows, or everything."""
+    """q [B,H,T,D], k and v [B,K,S,D]. `hide` adds a bias over left padding, random entries, rows, or everything."""
 
     batch: int = 1
     heads: int = 4
@@ -25,7 +25,9 @@ class Case:
     value_width: int | None = None  # where values are narrower than keys
 
     def __str__(self) -> str:
-        marks = [self.hide] * (self.hide != "nothing") + ["causal"] * self.causal + ["softcap"] * (self.softcap is not None)
+        marks = (
+            [self.hide] * (self.hide != "nothing") + ["causal"] * self.causal + ["softcap"] * (self.softcap is not None)
+        )
         marks += [f"x{self.size:g}"] * (self.size != 1) + [f"Dv{self.value_width}"] * (self.value_width is not None)
         shape = f"B{self.batch}-H{self.heads}-K{self.kv_heads}-T{self.tokens}-S{self.entries}-D{self.width}"
         return "-".join([shape, *marks])

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """q [H,T,D], k and v [K,T,D]; `size` is the standard deviation of the logits, `offset` what is added to all of them."""
+    """q [H,T,D], k and v [K,T,D]; `size` is the logits' standard deviation, `offset` is added to all of them."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -44,7 +44,7 @@ CASES = (
     Case(tokens=130, size=100.0),
     Case(tokens=130, offset=300.0),
     Case(tokens=130, offset=-300.0, window=20),
-    Case(tokens=130, offset=-30000.0),
+    Case(tokens=130, size=0.0, offset=-30000.0),
 )
 
 

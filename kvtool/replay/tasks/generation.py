@@ -8,7 +8,6 @@ from kvtool.corpus.text import text
 from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject, half
 
-
 METRICS = ("same_tokens",)
 
 

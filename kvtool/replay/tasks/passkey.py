@@ -10,7 +10,6 @@ from kvtool.corpus.passkey import passkey
 from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject, batches
 
-
 METRICS = ("recall", "recall_full")
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from kvtool.corpus.text import text
 from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject
-
 
 METRICS = (
     "bytes_held", "bytes_held_full", "bytes_ratio", "bytes_read", "bytes_read_full", "bytes_moved", "prefill_seconds",
@@ -68,9 +70,11 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
     return Result(metrics, {"length": options.length, "entries": caches["plan"].entries().tolist()})
 
 
-def _timed(work) -> float:
+def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -14,7 +14,6 @@ from kvtool.corpus.text import text
 from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject, half
 
-
 METRICS = ("perplexity", "perplexity_full", "perplexity_ratio", "kl", "agreement")
 
 
