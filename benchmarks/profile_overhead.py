@@ -1,4 +1,5 @@
-"""Default profile against the plain SDPA forward of the same tokens: time (one process, in turns) and peak memory (a process each)."""
+"""Default profile against the plain SDPA forward of the same tokens: time (one process, in turns) and peak memory
+(a process each)."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ import subprocess
 import sys
 
 import torch
-
 from _harness import medians, table
+
 from kvtool.corpus.base import Corpus
 from kvtool.corpus.text import text
 from kvtool.model import Model, load
@@ -41,10 +42,14 @@ def main() -> None:
     model, rows = load("smollm2"), []
     for length in LENGTHS:
         corpus = text(model, ["default"], tokens=length, samples=1)
-        seconds = medians({"plain": lambda c=corpus: plain(model, c), "profile": lambda c=corpus: observed(model, c)}, REPEATS)
+        seconds = medians(
+            {"plain": lambda c=corpus: plain(model, c), "profile": lambda c=corpus: observed(model, c)}, REPEATS
+        )
         memory = {side: peak(side, length) for side in seconds}
         ratios = [f"{side['profile'] / side['plain']:.2f}×" for side in (seconds, memory)]
-        rows.append((length, seconds["plain"], seconds["profile"], ratios[0], memory["plain"], memory["profile"], ratios[1]))
+        rows.append(
+            (length, seconds["plain"], seconds["profile"], ratios[0], memory["plain"], memory["profile"], ratios[1])
+        )
     columns = ("tokens", "plain, s", "profile, s", "time", "plain, MB", "profile, MB", "peak memory")
     table("Default profile of SmolLM2 in fp32 against its plain forward", columns, rows)
 
@@ -52,7 +57,9 @@ def main() -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         subject = load("smollm2")
-        {"plain": plain, "profile": observed}[sys.argv[1]](subject, text(subject, ["default"], tokens=int(sys.argv[2]), samples=1))
+        {"plain": plain, "profile": observed}[sys.argv[1]](
+            subject, text(subject, ["default"], tokens=int(sys.argv[2]), samples=1)
+        )
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
     else:
         main()

@@ -1,6 +1,6 @@
 """Passkey recall of SmolLM2 by which heads keep everything: the shipped duo plans, random heads, induction heads, none.
 
-    python benchmarks/recall.py [--keys 4] [--lengths 1000,2000]
+python benchmarks/recall.py [--keys 4] [--lengths 1000,2000]
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 
 import torch
-
 from _harness import table
+
 from kvtool import plan
 from kvtool.commands.replay import find
 from kvtool.methods._base import best, full_attention
@@ -56,7 +56,9 @@ def main() -> None:
         for cache in held.values():
             subject.prefill(cache, torch.randint(100, 40000, (1, HELD_AT), generator=torch.Generator().manual_seed(0)))
         share = held["plan"].nbytes / held["full"].nbytes
-        rows.append((what, protocol, f"{result.metrics['recall_full']:.3f}", f"{result.metrics['recall']:.3f}", f"{share:.3f}"))
+        rows.append(
+            (what, protocol, f"{result.metrics['recall_full']:.3f}", f"{result.metrics['recall']:.3f}", f"{share:.3f}")
+        )
     columns = ("heads", "prefill", "recall, full cache", "recall", f"bytes held at {HELD_AT} ÷ full")
     points = len(options.lengths) * len(options.depths) * options.keys
     table(f"Passkey recall at {chosen.lengths} tokens, {points} prompts, sink {SINK}, recent {RECENT}", columns, rows)

@@ -1,4 +1,5 @@
-"""The segment cache with nothing dropped against transformers' DynamicCache: same tokens first, then prefill and decode times."""
+"""The segment cache with nothing dropped against transformers' DynamicCache: same tokens first, then prefill and
+decode times."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import sys
 import time
 
 import torch
+from _harness import table
 from transformers import Cache, DynamicCache
 
-from _harness import table
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.text import text
 from kvtool.model import Model, load
@@ -56,9 +57,18 @@ def main() -> None:
                 sys.exit(f"parity: tokens differ at length {length}")
         times = [statistics.median(values) for values in (prefill[False], prefill[True], decode[False], decode[True])]
         rows.append((
-            length, times[0], times[1], f"{times[1] / times[0]:.2f}×", times[2] * 1e3, times[3] * 1e3, f"{times[3] / times[2]:.2f}×"
+            length, times[0], times[1], f"{times[1] / times[0]:.2f}×",
+            times[2] * 1e3, times[3] * 1e3, f"{times[3] / times[2]:.2f}×",
         ))  # fmt: skip
-    columns = ("tokens", "DynamicCache prefill, s", "segments, s", "ratio", "DynamicCache step, ms", "segments, ms", "ratio")
+    columns = (
+        "tokens",
+        "DynamicCache prefill, s",
+        "segments, s",
+        "ratio",
+        "DynamicCache step, ms",
+        "segments, ms",
+        "ratio",
+    )
     table(f"All-full plan against DynamicCache, {STEPS} greedy tokens equal", columns, rows)
 
 

@@ -75,7 +75,8 @@ def command_line() -> str:
     parts = [INTRODUCTION, "## Options of `kvtool` itself\n", _options(group)]
     for name, command in group.commands.items():
         usage = " ".join(["kvtool", name, *(_usage(p) for p in command.params if _is_argument(p)), "[OPTIONS]"])
-        parts += [f"## `{name}`\n", inspect.cleandoc(command.help).replace("\b\n", "") + "\n"]
+        words = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(command.help).replace("\b\n", ""))
+        parts += [f"## `{name}`\n", words + "\n"]
         parts += [_block([usage]), _options(command)]
         examples = re.findall(r"kvtool .+", command.epilog or "")
         if examples:

@@ -1,4 +1,5 @@
-"""From a trace or a model to a plan, by any method: supplies what the method's file asks for and records how the plan was made.
+"""From a trace or a model to a plan, by any method: supplies what the method's file asks for and records how the
+plan was made.
 
 It knows no method by name.
 """
@@ -34,8 +35,8 @@ def calibrate(
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     state: Path | None = None,
 ) -> Plan:
-    """`settings`: option name → text or value. `state`: file that keeps an interrupted calibration; it resumes from it when the method,
-    options, seed and model are the same, and is removed at the end.
+    """`settings`: option name → text or value. `state`: file that keeps an interrupted calibration; it resumes
+    from it when the method, options, seed and model are the same, and is removed at the end.
 
     Raises InputError for an unknown option, a trace that lacks a statistic, or a model that the trace is not of.
     """
@@ -52,7 +53,9 @@ def calibrate(
     fingerprint = model.fingerprint if model is not None else trace.model if trace is not None else None
     if fingerprint is None:
         raise InputError("nothing to calibrate on", expected="a model or a trace")
-    identity = files.digest(name, repr(sorted(options.record(chosen).items())), str(seed), repr(sorted(fingerprint.items())))
+    identity = files.digest(
+        name, repr(sorted(options.record(chosen).items())), str(seed), repr(sorted(fingerprint.items()))
+    )
     context = Context(
         geometry(fingerprint), model, trace, seed, progress, _resume(state, identity), _checkpoint(state, identity)
     )

@@ -1,7 +1,7 @@
 """The command line: parsing and printing, nothing else.
 
-Tables, progress and warnings go to stderr. Stdout carries only data: the path of what was written, or one JSON record with `--json`.
-Heavy imports happen inside the commands, so that `--help` answers at once.
+Tables, progress and warnings go to stderr. Stdout carries only data: the path of what was written, or one JSON
+record with `--json`. Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 
 from kvtool import __version__
 from kvtool.config import Options, expand
-from kvtool.errors import InputError, RunFailed
+from kvtool.errors import InputError, RunError
 
 UsageError = typer.BadParameter.__mro__[1]  # has no public name: newer versions of typer carry their own click
 
@@ -30,20 +30,14 @@ app = typer.Typer(
     "kvtool replay smollm2 --plan $(kvtool calibrate --method razor $(kvtool profile smollm2 --for razor))",
 )  # fmt: skip
 
-Output = Annotated[
-    str | None, typer.Option("-o", "--output", help="File to write; - for stdout.", show_default=False)
-]
+Output = Annotated[str | None, typer.Option("-o", "--output", help="File to write; - for stdout.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON record on stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Settings = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option; may be repeated.")
-]
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or smollm2 (demo model).")
-]
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option; may be repeated.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or smollm2 (demo model).")]
 
 
 @app.command(epilog=(
@@ -60,7 +54,7 @@ def profile(
     tokens: Annotated[int, typer.Option(help="Tokens per text sample.")] = 2048,
     samples: Annotated[int, typer.Option(help="Number of text samples.")] = 4,
     cut: Annotated[str, typer.Option(help="pack documents end to end, or cut at documents.")] = "pack",
-    stat: Annotated[list[str], typer.Option(help="A statistic to take; may be repeated. Default: all usual ones.")] = [],
+    stat: Annotated[list[str], typer.Option(help="A statistic to take; repeatable. Default: all usual ones.")] = [],
     for_: Annotated[list[str], typer.Option("--for", metavar="METHOD", help="Take what these methods need.")] = [],
     settings: Settings = [],
     raw: Annotated[str | None, typer.Option(help="Also write raw tensors: any of k,v,q,attention.")] = None,
@@ -72,7 +66,8 @@ def profile(
 ) -> None:  # fmt: skip
     """Stream statistics of keys, values and attention into a trace.
 
-    Probes have options of their own: --set needle.lengths=1000,2000 --set repeat.period=512 (see kvtool methods --probes).
+    Probes have options of their own: --set needle.lengths=1000,2000 --set repeat.period=512 (see kvtool methods
+    --probes).
     """
     from kvtool.commands import profile as profile_command
 
@@ -122,7 +117,7 @@ def analyze(
     "\n  kvtool calibrate smollm2 --method duo --steps 40 --lengths 384"
 ))  # fmt: skip
 def calibrate(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A trace (- for stdin), or a model: then it is profiled first.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A trace (- for stdin), or a model, profiled first.")],
     method: Annotated[str, typer.Option(help="A method; see kvtool methods.")],
     output: Output = None,
     settings: Settings = [],
@@ -144,7 +139,7 @@ def calibrate(
     "\n  kvtool compose heads.plan.safetensors bits.plan.safetensors -o both.plan.safetensors"
 ))  # fmt: skip
 def compose(
-    plans: Annotated[list[str], typer.Argument(metavar="PLAN...", help="Plans of one model that fill different slots.")],
+    plans: Annotated[list[str], typer.Argument(metavar="PLAN...", help="Plans of one model, in different slots.")],
     output: Annotated[str, typer.Option("-o", "--output", help="File to write; - for stdout.")],
     force: Force = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -168,7 +163,7 @@ def replay(
     depths: Annotated[str | None, typer.Option(help="Depths of the passkey grid, 0 to 1.")] = None,
     keys: Annotated[int | None, typer.Option(help="Keys per point of the grid.")] = None,
     settings: Settings = [],
-    strict: Annotated[bool, typer.Option("--strict", help="Windowed heads see only their window in prefill too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Windowed heads see only their window in prefill.")] = False,
     chunk: Annotated[int, typer.Option(help="Prefill in chunks of this many tokens (0: at once).")] = 0,
     fail_if: Annotated[list[str], typer.Option(metavar="BOUND", help="Exit 1 if true, like 'recall<0.9'.")] = [],
     output: Output = None,
@@ -192,7 +187,7 @@ def replay(
     elif output is not None:
         print(output)
     if broken:
-        raise RunFailed("broken bound: " + "; ".join(broken))
+        raise RunError("broken bound: " + "; ".join(broken))
 
 
 @app.command(epilog="\b\nExample: kvtool inspect smollm2.trace.safetensors --json | jq .corpora")
@@ -247,7 +242,9 @@ def _emit(record: dict[str, Any], as_json: bool) -> None:
 
 def _one_document(output: str | None, as_json: bool) -> None:
     if as_json and output == "-":
-        raise InputError("stdout cannot carry the file and its record", got="-o - and --json", remedy="drop one of them")
+        raise InputError(
+            "stdout cannot carry the file and its record", got="-o - and --json", remedy="drop one of them"
+        )
 
 
 def document(record: dict[str, Any], indent: int | None = None) -> str:
@@ -278,12 +275,15 @@ def _options() -> dict[str, Options]:
 
 
 def main() -> None:
-    """Run, and turn every failure into one line and an exit code: 1 the run failed, 2 bad usage or input, 130 interrupted."""
+    """Run, and turn every failure into one line and an exit code: 1 the run failed, 2 bad usage or input, 130
+    interrupted."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(args=expand(arguments, _options), prog_name="kvtool", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # typer turns a KeyboardInterrupt into this
+            _fail("interrupted", 130)
         sys.exit(code or 0)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
@@ -299,7 +299,7 @@ def main() -> None:
             raise
         if isinstance(error, InputError):
             _fail(str(error), 2)
-        known = isinstance(error, RunFailed)
+        known = isinstance(error, RunError)
         _fail(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 

@@ -7,8 +7,8 @@ A configuration file maps option names to values, for all commands or below a co
       tokens: 512
       set: {needle: {lengths: [500, 1000]}}
 
-What stands on the command line wins, settings (`--set`) key by key. A value for all commands goes to those that have the
-option.
+What stands on the command line wins, settings (`--set`) key by key. A value for all commands goes to those that
+have the option.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class InputError(ValueError):
         super().__init__(text if text.endswith(("?", ".")) else text + ".")
 
 
-class RunFailed(RuntimeError):
+class RunError(RuntimeError):
     """The run itself failed, or a `--fail-if` bound was broken: exit code 1."""
 
 

@@ -36,9 +36,7 @@ def write(path: str | Path, header: Header, tensors: Tensors, *, force: bool = F
     Raises InputError when `path` exists and `force` is false, or when the folder cannot be written.
     """
     document = json.dumps({"kvtool": __version__, **header}, sort_keys=True, separators=(",", ":"))
-    payload = save_bytes(
-        {name: tensors[name].contiguous() for name in sorted(tensors)}, metadata={"kvtool": document}
-    )
+    payload = save_bytes({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata={"kvtool": document})
     if str(path) == "-":
         sys.stdout.buffer.write(payload)
         sys.stdout.buffer.flush()
@@ -74,7 +72,8 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
 
 
 def replace(path: Path, payload: bytes) -> None:
-    """Write `payload` under a temporary name beside `path`, then rename it into place; pipes and devices are just written to."""
+    """Write `payload` under a temporary name beside `path`, then rename it into place; pipes and devices are just
+    written to."""
     scratch = _scratch(path)
     try:
         if is_stream(path):
@@ -108,7 +107,8 @@ def read(path: str | Path, *, kind: str | None = None, schema: int | None = None
         tensors = load_bytes(payload)
     except (SafetensorError, struct.error, ValueError, KeyError) as error:
         raise InputError(
-            f"{path} is not a whole safetensors file", got=str(error) or type(error).__name__,
+            f"{path} is not a whole safetensors file",
+            got=str(error) or type(error).__name__,
             remedy="write it again; a file that kvtool finished is always whole",
         ) from error
     header = _header(path, payload)
@@ -116,7 +116,9 @@ def read(path: str | Path, *, kind: str | None = None, schema: int | None = None
         raise InputError(f"{path} is of another kind", got=f"a {header['kind']}", expected=f"a {kind}")
     if schema is not None and header["schema"] != schema:
         raise InputError(
-            f"{path} has another schema version", got=header["schema"], expected=schema,
+            f"{path} has another schema version",
+            got=header["schema"],
+            expected=schema,
             remedy="make it again with this version of kvtool",
         )
     return header, tensors
@@ -126,7 +128,9 @@ def _payload(path: str | Path) -> bytes:
     if str(path) == "-":
         payload = sys.stdin.buffer.read()
         if not payload:
-            raise InputError("nothing came on stdin", expected="a kvtool file", remedy="did the command before it fail?")
+            raise InputError(
+                "nothing came on stdin", expected="a kvtool file", remedy="did the command before it fail?"
+            )
         return payload
     try:
         return Path(path).read_bytes()

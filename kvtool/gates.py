@@ -1,6 +1,8 @@
 """Trainable gates, one per KV head, between full attention and a sink-plus-recent window.
 
-    o = α · full + (1 − α) · window        per KV head, before the output projection (DuoAttention, arXiv 2410.10819, section 2.2)
+    o = α · full + (1 − α) · window        per KV head, before the output projection
+
+(DuoAttention, arXiv 2410.10819, section 2.2.)
 
 `record` runs the unchanged model once and keeps what the gated run needs; `gated` runs the same tokens through the
 mixture, differentiable in α alone. It knows nothing of losses, data or schedules; methods own those.
@@ -9,13 +11,14 @@ mixture, differentiable in α alone. It knows nothing of losses, data or schedul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from kvtool_kernels.ops import attend
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
 from kvtool.model import Attention, Layer, Model
+from kvtool_kernels.ops import attend
 
 BLOCK = 128  # query rows per block of windowed attention
 
@@ -52,7 +55,8 @@ class _Gate(Layer):
 
 @dataclass(frozen=True)
 class Recording:
-    """One sequence under the unchanged model: final-norm hidden states [T,hidden], attention outputs per layer [1,H,T,D]."""
+    """One sequence under the unchanged model: final-norm hidden states [T,hidden], attention outputs per layer
+    [1,H,T,D]."""
 
     tokens: torch.Tensor
     hidden: torch.Tensor
@@ -72,8 +76,8 @@ def gated(
 ) -> torch.Tensor:
     """Final-norm hidden states [T,hidden] of the gated run; alpha fp32 [L,K] in [0, 1].
 
-    The full term comes from the unchanged model's states, as published; with `own_full` from the gated run's own states (as RLKV
-    does). Layers with a sliding window of their own are left as they are.
+    The full term comes from the unchanged model's states, as published; with `own_full` from the gated run's own
+    states (as RLKV does). Layers with a sliding window of their own are left as they are.
     """
     layers: list[Layer] = []
     for index, window in enumerate(model.geometry.windows):
@@ -86,7 +90,7 @@ def gated(
         return _hidden(model, recording.tokens, layers)
 
 
-def _hidden(model: Model, tokens: torch.Tensor, layers: list) -> torch.Tensor:
+def _hidden(model: Model, tokens: torch.Tensor, layers: list[Any]) -> torch.Tensor:
     ids = tokens[None].to(model.device)
     return model.network.base_model(input_ids=ids, past_key_values=Cache(layers=layers)).last_hidden_state[0]
 
@@ -103,9 +107,11 @@ def _full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) ->
 def windowed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sink: int, recent: int, scale: float
 ) -> torch.Tensor:
-    """Causal attention over the first `sink` and the last `recent` positions (the query's own included), differentiable.
+    """Causal attention over the first `sink` and the last `recent` positions (the query's own included),
+    differentiable.
 
-    q [1,H,T,D], k and v [1,K,T,D] → [1,H,T,D]. Time and memory O(T · (sink + recent + block)), as one batch of blocks.
+    q [1,H,T,D], k and v [1,K,T,D] → [1,H,T,D]. Time and memory O(T · (sink + recent + block)), as one batch of
+    blocks.
     """
     tokens, width = q.shape[2], q.shape[3]
     block = min(BLOCK, tokens)
@@ -133,6 +139,10 @@ def windowed(
     bias = torch.zeros(visible.shape, device=q.device, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
     group = q.shape[1] // k.shape[1]
     out = functional.scaled_dot_product_attention(
-        queries, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), attn_mask=bias[:, None], scale=scale
+        queries,
+        keys.repeat_interleave(group, 1),
+        values.repeat_interleave(group, 1),
+        attn_mask=bias[:, None],
+        scale=scale,
     )
     return out.transpose(0, 1).reshape(1, q.shape[1], blocks * block, width)[:, :, :tokens]

@@ -1,7 +1,8 @@
 """GGUF files, dequantised once: transformers takes many seconds to parse one, so the result is kept as a folder.
 
-The folder lies in the user's cache (`$XDG_CACHE_HOME/kvtool` or `~/.cache/kvtool`), named by the file's name, size, modification
-time and the version of transformers; it is safe to delete. Where it cannot be written, the model is simply loaded each time.
+The folder lies in the user's cache (`$XDG_CACHE_HOME/kvtool` or `~/.cache/kvtool`), named by the file's name,
+size, modification time and the version of transformers; it is safe to delete. Where it cannot be written, the
+model is simply loaded each time.
 """
 
 from __future__ import annotations
@@ -41,10 +42,14 @@ def _folder(path: Path) -> Path:
 
 def _parse(path: Path) -> tuple[Any, Any]:
     with _quiet_tqdm():
-        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(path.parent),
+            "gguf_file": path.name,
+            "local_files_only": True,
+        }
         tokenizer = AutoTokenizer.from_pretrained(**source)
         network = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, attn_implementation="sdpa")
-    network.hf_quantizer = None  # the weights are plain fp32 now
+    network.hf_quantizer = None  # type: ignore[assignment]  # the weights are plain fp32 now
     del network.config.quantization_config
     return network, tokenizer
 

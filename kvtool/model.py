@@ -101,7 +101,7 @@ def _attention(module: nn.Module, query, key, value, attention_mask, scaling=Non
         raise InputError(f"{type(module).__name__} passes {unsupported[0]}, which kvtool does not serve")
     call = Attention(
         module=module,
-        scale=module.head_dim**-0.5 if scaling is None else scaling,
+        scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         softcap=kwargs.get("softcap"),
         sink_logits=kwargs.get("s_aux"),
         window=kwargs.get("sliding_window"),
@@ -137,7 +137,8 @@ class Model:
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
-        """Within the block attention goes through kvtool; afterwards nothing is left on the model. Nesting costs nothing."""
+        """Within the block attention goes through kvtool; afterwards nothing is left on the model. Nesting costs
+        nothing."""
         before = self.network.config._attn_implementation
         if before == "kvtool":
             yield
@@ -236,7 +237,7 @@ class _ProbeLayer(Layer):
 
 def _probe(model: Model) -> list[_Probe]:
     config = model.network.config.get_text_config()
-    layers = [_ProbeLayer() for _ in range(config.num_hidden_layers)]
+    layers: list[Any] = [_ProbeLayer() for _ in range(config.num_hidden_layers)]
     rotations: dict[nn.Module, Table] = {}
     pairs: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
 
@@ -267,7 +268,8 @@ def _probe(model: Model) -> list[_Probe]:
     silent = [index for index, layer in enumerate(layers) if layer.seen is None]
     if silent:
         raise InputError(
-            f"{model.name} cannot be served", got=f"layers {silent} without attention over a KV cache of their own",
+            f"{model.name} cannot be served",
+            got=f"layers {silent} without attention over a KV cache of their own",
             expected="attention in every layer (no state-space, linear-attention or KV-sharing layers)",
         )
     seen = [layer.seen for layer in layers if layer.seen is not None]
@@ -276,7 +278,9 @@ def _probe(model: Model) -> list[_Probe]:
         probe.rotary = rotary
     shapes = {(p.q.shape, p.k.shape, p.v.shape) for p in seen}
     if len(shapes) > 1 or seen[0].k.shape != seen[0].v.shape:
-        raise InputError(f"{model.name} cannot be served", got="head counts or widths that differ by layer or between K and V")
+        raise InputError(
+            f"{model.name} cannot be served", got="head counts or widths that differ by layer or between K and V"
+        )
     return seen
 
 
@@ -314,7 +318,9 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu") -> Model:
             local = {"local_files_only": source.exists()}
             where = str(source) if source.exists() else name
             tokenizer = AutoTokenizer.from_pretrained(where, **local)
-            network = AutoModelForCausalLM.from_pretrained(where, dtype=types[dtype], attn_implementation="sdpa", **local)
+            network = AutoModelForCausalLM.from_pretrained(
+                where, dtype=types[dtype], attn_implementation="sdpa", **local
+            )
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -324,7 +330,8 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu") -> Model:
     broken = [key for key, parameter in network.named_parameters() if not bool(torch.isfinite(parameter).all())]
     if broken:
         raise InputError(
-            f"the model {name!r} holds NaN or infinite weights", got=f"{len(broken)} such tensors, the first {broken[0]}"
+            f"the model {name!r} holds NaN or infinite weights",
+            got=f"{len(broken)} such tensors, the first {broken[0]}",
         )
     return Model(network, tokenizer, name)
 

@@ -50,7 +50,16 @@ def convert(value: Any, kind: Any, what: str) -> Any:
             raise unknown(f"value of {what}", str(value), [str(choice) for choice in inner])
         return value
     if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+        words = {
+            "true": True,
+            "yes": True,
+            "1": True,
+            "on": True,
+            "false": False,
+            "no": False,
+            "0": False,
+            "off": False,
+        }
         if str(value).lower() in words:
             return words[str(value).lower()]
     else:

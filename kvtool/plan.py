@@ -1,10 +1,12 @@
 """A plan is data: what a method decided, in four slots that follow the life of a cache entry.
 
-    keep   which entries stay          (here: per KV head, everything, or sinks + a recent window, with or without compensation)
-    store  how an entry is encoded     read  which entries a query touches     draft  whether the cache only proposes
+    keep   which entries stay                store  how an entry is encoded
+    read   which entries a query touches     draft  whether the cache only proposes
 
-A slot that is None is lossless. Every plan carries its evidence (the scores that led to it), the fingerprint of the model it
-was made for, and how it was made. It knows no method by name and no cache.
+So far `keep` is: per KV head, everything, or sinks and a recent window, with or without a compensation entry.
+
+A slot that is None is lossless. Every plan carries its evidence (the scores that led to it), the fingerprint of
+the model it was made for, and how it was made. It knows no method by name and no cache.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ class Plan:
         for key, mine in self.model.items():
             if fingerprint.get(key) != mine:
                 raise InputError(
-                    "the plan was made for another model", got=f"{key} = {fingerprint.get(key)}", expected=f"{key} = {mine}",
+                    "the plan was made for another model",
+                    got=f"{key} = {fingerprint.get(key)}",
+                    expected=f"{key} = {mine}",
                     remedy="calibrate again on this model",
                 )
 

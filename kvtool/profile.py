@@ -1,7 +1,7 @@
 """The streaming pass: run samples through a model and let statistics observe.
 
-Each sample is one forward pass; a layer's queries, keys, values and attention exist only while that layer runs. What no requested
-statistic observes is not computed. It knows no statistic by name.
+Each sample is one forward pass; a layer's queries, keys, values and attention exist only while that layer runs.
+What no requested statistic observes is not computed. It knows no statistic by name.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from kvtool_kernels.attention_statistics.reference import Summary
-from kvtool_kernels.ops import attend, attention_statistics
 from transformers.cache_utils import Cache
 
 from kvtool import registry
@@ -22,6 +20,8 @@ from kvtool.model import Attention, Layer, Model
 from kvtool.raw import Raw
 from kvtool.statistics._base import Copying, Rows, States, Statistic, Stream
 from kvtool.trace import Trace, statistic
+from kvtool_kernels.attention_statistics.reference import Summary
+from kvtool_kernels.ops import attend, attention_statistics
 
 DECODE = 50  # tokens generated for a prompt with an answer, at most
 Progress = Callable[[str, Sample], None]
@@ -87,7 +87,9 @@ class _Watch:
         self.listeners, self.costs, self.raw = listeners, costs, raw
 
     def wants(self, what: str) -> bool:
-        return (what == "states" and self.raw is not None) or any(stat.observes(what) for stat in self.listeners.values())
+        return (what == "states" and self.raw is not None) or any(
+            stat.observes(what) for stat in self.listeners.values()
+        )
 
     def cells(self) -> int:
         return max((getattr(stat, "cells", 1) for stat in self.listeners.values()), default=1)
@@ -159,7 +161,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) ->
 
 
 def _forward(model: Model, sample: Sample, watch: _Watch) -> None:
-    layers = [_Observer(index, model, sample, watch) for index in range(model.geometry.layers)]
+    layers: list[Any] = [_Observer(index, model, sample, watch) for index in range(model.geometry.layers)]
     hooks = _stream_hooks(model, watch) if watch.wants("stream") else []
     try:
         model.network.base_model(input_ids=sample.tokens[None].to(model.device), past_key_values=Cache(layers=layers))
@@ -210,12 +212,18 @@ class _Copier(Layer):
         self.held = (k, v)
         if q.shape[2] > 1:
             return plain(q, k, v, call)
-        logits = (q[0, :, 0].unflatten(0, (k.shape[1], -1)).float() @ k[0].float().transpose(1, 2)).flatten(0, 1) * call.scale
+        logits = (q[0, :, 0].unflatten(0, (k.shape[1], -1)).float() @ k[0].float().transpose(1, 2)).flatten(
+            0, 1
+        ) * call.scale
         if call.softcap is not None:
             logits = call.softcap * torch.tanh(logits / call.softcap)
         if call.window is not None:
             logits[:, : max(0, k.shape[2] - call.window)] = float("-inf")
-        sink = call.sink_logits.float()[:, None] if call.sink_logits is not None else logits.new_full((len(logits), 1), float("-inf"))
+        sink = (
+            call.sink_logits.float()[:, None]
+            if call.sink_logits is not None
+            else logits.new_full((len(logits), 1), float("-inf"))
+        )
         self.row = torch.softmax(torch.cat([logits, sink], dim=1), dim=1)[:, :-1]
         out = self.row.unflatten(0, (k.shape[1], -1)) @ v[0].float()
         return out.flatten(0, 1)[None, :, None].to(q.dtype)
@@ -225,8 +233,9 @@ class _Copier(Layer):
 
 
 def _copying(model: Model, sample: Sample, watch: _Watch) -> torch.Tensor:
-    """Greedy decode of the sample's prompt, one observation a step; stops at a stop token or after the answer's length + 2."""
-    layers = [_Copier() for _ in range(model.geometry.layers)]
+    """Greedy decode of the sample's prompt, one observation a step; stops at a stop token or after the answer's
+    length + 2."""
+    layers: list[Any] = [_Copier() for _ in range(model.geometry.layers)]
     cache = Cache(layers=layers)
     tokens = sample.tokens[None].to(model.device)
     if tokens.shape[1] > 1:

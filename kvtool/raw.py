@@ -1,7 +1,8 @@
 """Raw tensors to disk, beside the statistics, for people who want the data itself.
 
-One safetensors file per (sample, layer): `q` [h,T,D], `k`, `v` [h,T,D] after RoPE, `attention` [h,T,T], of the chosen heads. Query heads index q and
-attention; a KV head is written when one of its query heads is chosen. The size is known before the first byte is written.
+One safetensors file per (sample, layer): `q` [h,T,D], `k`, `v` [h,T,D] after RoPE, `attention` [h,T,T], of the
+chosen heads. Query heads index q and attention; a KV head is written when one of its query heads is chosen. The
+size is known before the first byte is written.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Raw:
         free = shutil.disk_usage(self.folder.parent).free
         if needed > free:
             raise InputError(
-                "the disk cannot hold the raw tensors", got=f"{free / 1e9:.1f} GB free", expected=f"{needed / 1e9:.1f} GB",
+                "the disk cannot hold the raw tensors",
+                got=f"{free / 1e9:.1f} GB free",
+                expected=f"{needed / 1e9:.1f} GB",
                 remedy="choose fewer --layers, --heads or --raw-tokens",
             )
         return needed

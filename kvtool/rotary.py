@@ -1,8 +1,8 @@
 """Exact rotation and inverse rotation of keys and queries, in whatever convention the model uses.
 
-The rotation tables come from the model's own rotary module, so every RoPE scaling rule is its own. Which channels pair up
-(half-split or interleaved) and how many are rotated is found by a test: in layer 0 the same token at two positions must
-have the same key once its rotation is undone.
+The rotation tables come from the model's own rotary module, so every RoPE scaling rule is its own. Which channels
+pair up (half-split or interleaved) and how many are rotated is found by a test: in layer 0 the same token at two
+positions must have the same key once its rotation is undone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rotary:
         kwargs = {name: flat if _is_positions(value) else value for name, value in self.kwargs.items()}
         with torch.no_grad():
             cos, sin = self.module(*args, **kwargs)
-        return tuple(part[0].float().reshape(*positions.shape, -1) for part in (cos, sin))  # type: ignore[return-value]
+        return tuple(part[0].float().reshape(*positions.shape, -1) for part in (cos, sin))
 
     def rotate(self, x: torch.Tensor, table: Table | None) -> torch.Tensor:
         """x [..., T, D] pre-RoPE, table [..., T, width] broadcastable → post-RoPE."""
@@ -89,9 +89,9 @@ def detect(
 ) -> list[Rotary]:
     """One Rotary per layer.
 
-    `calls`: every module call that returned a pair; `rotations`: the pair each attention layer was given (None for a layer
-    without RoPE); `first_key` [1,K,T,D]: layer 0's keys for one token repeated T times. Raises InputError when neither
-    convention makes those keys equal.
+    `calls`: every module call that returned a pair; `rotations`: the pair each attention layer was given (None
+    for a layer without RoPE); `first_key` [1,K,T,D]: layer 0's keys for one token repeated T times. Raises
+    InputError when neither convention makes those keys equal.
     """
     found = []
     for rotation in rotations:

@@ -1,7 +1,8 @@
 """The trace: what `profile` saw of one model, as one file of statistics.
 
-Header: model fingerprint, corpora (with their hashes), which samples are in, whether the run was complete. Tensors: `<statistic>/<accumulator>`.
-Traces of the same model merge statistic by statistic. It does not know how statistics are observed.
+Header: model fingerprint, corpora (with their hashes), which samples are in, whether the run was complete.
+Tensors: `<statistic>/<accumulator>`. Traces of the same model merge statistic by statistic. It does not know how
+statistics are observed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def statistic(name: str) -> type[Statistic]:
 
 @dataclass
 class Trace:
-    """`source`: the model's name as given; `statistics` by name; `corpora` maps a corpus kind to the provenance of each part; `done` lists sample digests by kind."""
+    """`source`: the model's name as given; `statistics` by name; `corpora` maps a corpus kind to the provenance
+    of each part; `done` lists sample digests by kind."""
 
     model: dict[str, Any]
     source: str = ""
@@ -52,7 +54,8 @@ class Trace:
         missing = [name for name in names if name not in self.statistics]
         if missing:
             raise InputError(
-                f"the trace has no statistic {missing[0]!r}", got=", ".join(sorted(self.statistics)) or "none",
+                f"the trace has no statistic {missing[0]!r}",
+                got=", ".join(sorted(self.statistics)) or "none",
                 remedy="profile again with " + " ".join(f"--stat {name}" for name in missing),
             )
 
@@ -72,7 +75,8 @@ class Trace:
             ]
             if shared and used_twice:
                 raise InputError(
-                    f"both traces have seen the same {kind} samples", got=f"{len(shared)} of them twice in {used_twice[0]!r}",
+                    f"both traces have seen the same {kind} samples",
+                    got=f"{len(shared)} of them twice in {used_twice[0]!r}",
                     remedy="profile different text, or another --seed",
                 )
             self.done[kind] = sorted(set(self.done.get(kind, [])) | set(samples))

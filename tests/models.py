@@ -1,8 +1,8 @@
 """Tiny models built in memory: five architectures, the corner cases of attention, and one whose heads are set by hand.
 
 Every builder is seeded and returns a `kvtool.model.Model` without a tokenizer; `with_tokenizer` adds one of single
-characters. Weights are large enough for attention to be peaked: a cache that loses an entry moves the logits by far more
-than the tolerance.
+characters. Weights are large enough for attention to be peaked: a cache that loses an entry moves the logits by far
+more than the tolerance.
 """
 
 from __future__ import annotations
@@ -171,9 +171,9 @@ def induction_model() -> Model:
     """A two-layer Llama that continues a repeated sequence, all by one induction head.
 
     The residual stream is [1 | token | previous token | prediction]. Layer 0 has the previous-token head (queries and
-    keys are constants turned by RoPE, one position apart) and an echo head that finds equal tokens but puts out nothing.
-    Layer 1 has the induction head: the current token's code looks for entries whose previous token it was. Every query
-    head has a KV head of its own.
+    keys are constants turned by RoPE, one position apart) and an echo head that finds equal tokens but puts out
+    nothing. Layer 1 has the induction head: the current token's code looks for entries whose previous token it was.
+    Every query head has a KV head of its own.
     """
     heads, width, hidden = 4, CODE + 2 * TURNING, 4 + 3 * CODE  # a multiple of the heads: three channels are idle
     config = LlamaConfig(

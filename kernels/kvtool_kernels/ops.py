@@ -1,7 +1,7 @@
 """Dispatch by device: the one place that callers import operations from.
 
-CPU tensors take `<op>/cpu.py`, CUDA tensors `<op>/triton.py`, where these exist; everything else takes plain PyTorch, which
-runs on any device.
+CPU tensors take `<op>/cpu.py`, CUDA tensors `<op>/triton.py`, where these exist; everything else takes plain
+PyTorch, which runs on any device.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def attention_statistics(
 ) -> Summary:
     """Attention over one sequence with its sums; see `attention_statistics/reference.py` for formulas and shapes.
 
-    The blocked twin is plain PyTorch and runs on any device; `sink_logits` fp32 [H] join each row's softmax with value 0.
+    The blocked twin is plain PyTorch and runs on any device; `sink_logits` fp32 [H] join each row's softmax with
+    value 0.
     """
     return _statistics.attention_statistics(
         q, k, v, scale=scale, cells=cells, first=first, window=window, softcap=softcap, sink_logits=sink_logits

@@ -1,8 +1,9 @@
 """A lane holds the entries of those KV heads of one layer that share a policy, and attends over them.
 
-Columns count tokens as fed, padding included; a row's position is its column minus its left padding. Entries of a `Full`
-lane stand in column order. Entries of a `Window` lane stand in slots that are a function of position alone: sinks
-0..S−1 first, then a ring of R recent entries, so eviction is overwriting and a dropped entry's bytes are really gone.
+Columns count tokens as fed, padding included; a row's position is its column minus its left padding. Entries of a
+`Full` lane stand in column order. Entries of a `Window` lane stand in slots that are a function of position
+alone: sinks 0..S−1 first, then a ring of R recent entries, so eviction is overwriting and a dropped entry's bytes
+are really gone.
 
 Shapes: B batch, K KV heads of this lane, H = K·G their query heads, T tokens of this step, D head dim.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from kvtool_kernels.ops import attend, merge
 
 from kvtool.cache.mean import Mean
 from kvtool.rotary import Rotary
+from kvtool_kernels.ops import attend, merge
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 GROWTH = 64  # entries by which a full buffer grows: the slack that is held but not yet used
@@ -33,6 +35,11 @@ class Step:
     softcap: float | None
     padding: torch.Tensor | None
     strict: bool  # windowed heads see only their window in prefill too; else their window and the whole chunk
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every call of `attend` is given."""
+        return {"scale": self.scale, "softcap": self.softcap}
 
 
 class Lane(ABC):
@@ -74,7 +81,7 @@ class Full(Lane):
         if step.padding is not None:
             bias = _hide(torch.arange(end, device=q.device) < step.padding[:, None])[:, None, None]
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        return attend(q, keys, values, scale=step.scale, causal=q.shape[2] > 1, bias=bias, softcap=step.softcap)
+        return attend(q, keys, values, causal=q.shape[2] > 1, bias=bias, **step.options)
 
     def buffers(self) -> Iterator[torch.Tensor]:
         if self.keys is not None and self.values is not None:
@@ -91,8 +98,9 @@ class Full(Lane):
 class Window(Lane):
     """Sinks and a ring of recent entries; `model_window` is the layer's own sliding window, if it has one.
 
-    With `compensate` dropped entries live on in one averaged entry per head (`Mean`). With `reindex` positions are counted
-    inside the cache: the distance to a sink never exceeds S + R, obtained by turning the query rather than the keys.
+    With `compensate` dropped entries live on in one averaged entry per head (`Mean`). With `reindex` positions
+    are counted inside the cache: the distance to a sink never exceeds S + R, obtained by turning the query rather
+    than the keys.
     """
 
     def __init__(
@@ -124,7 +132,8 @@ class Window(Lane):
         used = self._reserve(k, step.start + 1)
         rows, slot = torch.arange(batch, device=q.device), self._slot(position)
         keys, values = self.keys, self.values
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         if self.mean is not None:
             leaving = position >= self.sink + self.recent
             self.mean.fold(keys[rows, :, slot], values[rows, :, slot], leaving)
@@ -136,21 +145,20 @@ class Window(Lane):
         if self.reindex is not None and bool((position >= self.sink + self.recent).any()):
             out = self._reindexed(q, keys[:, :, :used], values[:, :, :used], position[:, None], bias, step)
         else:
-            out = attend(
-                q, keys[:, :, :used], values[:, :, :used], scale=step.scale, bias=bias, softcap=step.softcap
-            )
+            out = attend(q, keys[:, :, :used], values[:, :, :used], scale=step.scale, bias=bias, softcap=step.softcap)
         return out if self.mean is None else merge(out, self.mean.attend(q, step.scale, step.softcap))
 
     def _reindexed(self, q, keys, values, position, bias, step: Step) -> Partial:
         """Sinks are met by the query as if it stood at slot min(position, S + R − 1)."""
         turned = self.reindex.move(q, position, position.clamp_max(self.sink + self.recent - 1))  # type: ignore[union-attr]
-        s, options = self.sink, {"scale": step.scale, "softcap": step.softcap}
+        s, options = self.sink, step.options
         far = attend(turned, keys[:, :, :s], values[:, :, :s], bias=None if bias is None else bias[..., :s], **options)
         own = attend(q, keys[:, :, s:], values[:, :, s:], bias=None if bias is None else bias[..., s:], **options)
         return merge(far, own)
 
     def _inside(self, position: torch.Tensor, step: Step) -> torch.Tensor:
-        """Positions [B,T] counted inside the cache: less what was dropped before the query, or before its whole chunk."""
+        """Positions [B,T] counted inside the cache: less what was dropped before the query, or before its whole
+        chunk."""
         if step.strict:
             return position.clamp_max(self.sink + self.recent - 1)
         fed = step.start - (step.padding if step.padding is not None else torch.zeros_like(position[:, 0]))
@@ -168,7 +176,7 @@ class Window(Lane):
         reach = self.recent if step.strict else self.model_window or start + tokens
         if reach >= start + tokens and first == 0:  # the columns are everything, and nothing is out of reach
             bias = None if step.padding is None else _hide(positions < 0)[:, None, None]
-            out = attend(q, columns_k, columns_v, scale=step.scale, causal=True, bias=bias, softcap=step.softcap)
+            out = attend(q, columns_k, columns_v, causal=True, bias=bias, **step.options)
         else:
             out = self._windowed(q, columns_k, columns_v, positions, reach, step)
         self._absorb_recent(columns_k, columns_v, positions, start + tokens, padding)
@@ -186,9 +194,13 @@ class Window(Lane):
             seen = positions[:, left : offset + high]
             own = positions[:, offset + low : offset + high]
             block = q[:, :, low:high]
-            hidden = (seen[:, None] > own[..., None]) | (seen[:, None] <= own[..., None] - reach) | (seen < self.sink)[:, None]
+            hidden = (
+                (seen[:, None] > own[..., None])
+                | (seen[:, None] <= own[..., None] - reach)
+                | (seen < self.sink)[:, None]
+            )
             recent = (columns_k[:, :, left : offset + high], columns_v[:, :, left : offset + high])
-            options = {"scale": step.scale, "softcap": step.softcap}
+            options = step.options
             if sinks:
                 slots = torch.arange(sinks, device=q.device)
                 sink_hidden = slots > own[..., None]

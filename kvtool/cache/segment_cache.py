@@ -3,8 +3,8 @@
     with model.served():
         model.network.generate(ids, past_key_values=SegmentCache(model, plan))
 
-Each layer holds lanes (see `lane.py`); a query's attention is computed lane by lane, since heads are independent, and segment by
-segment inside a lane, by merging. It knows plans, not methods.
+Each layer holds lanes (see `lane.py`); a query's attention is computed lane by lane, since heads are independent,
+and segment by segment inside a lane, by merging. It knows plans, not methods.
 """
 
 from __future__ import annotations
@@ -76,14 +76,20 @@ class SegmentLayer(Layer):
 class SegmentCache(Cache):
     """A fresh cache for one batch.
 
-    plan None is the full cache. `protocol` says what windowed heads see in prefill: what they hold and the whole chunk
-    ("official", as DuoAttention is published: a prompt fed at once is seen whole) or their window only ("strict", in which chunked
-    prefill, prefill at once and decode are all the same function). Decode is windowed either way.
-    `prompt_length` (tokens) resolves windows that are a share of the prompt; raises InputError if a plan needs it and it is missing.
+    plan None is the full cache. `protocol` says what windowed heads see in prefill: what they hold and the whole
+    chunk ("official", as DuoAttention is published: a prompt fed at once is seen whole) or their window only
+    ("strict", in which chunked prefill, prefill at once and decode are all the same function). Decode is windowed
+    either way. `prompt_length` (tokens) resolves windows that are a share of the prompt; raises InputError if a
+    plan needs it and it is missing.
     """
 
     def __init__(
-        self, model: Model, plan: Plan | None = None, *, protocol: Protocol = "official", prompt_length: int | None = None
+        self,
+        model: Model,
+        plan: Plan | None = None,
+        *,
+        protocol: Protocol = "official",
+        prompt_length: int | None = None,
     ):
         if protocol not in ("official", "strict"):
             raise InputError("unknown protocol", got=protocol, expected="official or strict")
@@ -99,7 +105,8 @@ class SegmentCache(Cache):
             window = geometry.windows[index]
             lanes = _lanes(model, keep, index, window, prompt_length or 0)
             layers.append(SegmentLayer(lanes, strict=protocol == "strict"))
-        super().__init__(layers=layers)
+        self.segments = layers
+        super().__init__(layers=list(layers))
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +117,7 @@ class SegmentCache(Cache):
     def read_bytes(self) -> int:
         """Bytes of keys and values that one decode step reads."""
         total = 0
-        for layer in self.layers:
+        for layer in self.segments:
             for lane in layer.lanes:
                 buffers = list(lane.buffers())
                 if buffers:
@@ -126,13 +133,13 @@ class SegmentCache(Cache):
     def entries(self) -> torch.Tensor:
         """Entries that a decode step reads, int64 [L,K]."""
         rows = []
-        for layer in self.layers:
+        for layer in self.segments:
             row = {head: lane.entries(layer.columns) for lane in layer.lanes for head in lane.heads}
             rows.append([row[head] for head in sorted(row)])
         return torch.tensor(rows)
 
     def _all(self):
-        return (lane for layer in self.layers for lane in layer.lanes)
+        return (lane for layer in self.segments for lane in layer.lanes)
 
 
 def _lanes(model: Model, keep: Keep | None, layer: int, window: int | None, prompt_length: int) -> list[Lane]:

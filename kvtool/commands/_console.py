@@ -7,7 +7,15 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False, soft_wrap=False)
@@ -20,13 +28,13 @@ def note(text: str) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; numbers are set right, text left."""
-    rows = [[_cell(value) for value in row] for row in rows]
+    cells = [[_cell(value) for value in row] for row in rows]
     console.print(title, style="bold", markup=False, soft_wrap=True)
     view = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
     for index, name in enumerate(columns):
-        numeric = bool(rows) and all(_NUMBER.fullmatch(row[index]) for row in rows)
+        numeric = bool(cells) and all(_NUMBER.fullmatch(row[index]) for row in cells)
         view.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
+    for row in cells:
         view.add_row(*row)
     console.print(view)
     console.print()

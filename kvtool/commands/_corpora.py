@@ -26,7 +26,8 @@ def scoped(settings: list[str]) -> dict[str, dict[str, str]]:
 
 
 def read(settings: list[str]) -> dict[str, dict[str, Any]]:
-    """["needle.lengths=500", …] → {"needle": {"lengths": (500,)}}, without a model: mistakes are told before one is loaded."""
+    """["needle.lengths=500", …] → {"needle": {"lengths": (500,)}}, without a model: mistakes are told before one
+    is loaded."""
     return {kind: typed(kind, values) for kind, values in scoped(settings).items()}
 
 

@@ -29,5 +29,9 @@ def run(path: str, names: list[str], figures: str | None, force: bool) -> dict[s
         note(finding.headline + "\n")
         if figures is not None:
             written += _base.save_figures(finding, figures, force=force)
-    record = {"kind": "findings", "trace": path, "findings": {f.name: {"headline": f.headline, **f.data} for f in findings}}
+    record = {
+        "kind": "findings",
+        "trace": path,
+        "findings": {f.name: {"headline": f.headline, **f.data} for f in findings},
+    }
     return {**record, "figures": written}

@@ -50,7 +50,13 @@ def run(
             note(f"interrupted: --resume continues from {state}")
         raise
     plan.write(output, force=force)
-    return {"output": output, "kind": "plan", "method": name, "options": plan.options, "facts": plan.provenance["facts"]}
+    return {
+        "output": output,
+        "kind": "plan",
+        "method": name,
+        "options": plan.options,
+        "facts": plan.provenance["facts"],
+    }
 
 
 def _is_trace(source: str) -> bool:
@@ -65,5 +71,3 @@ def _profiled(model: Model, name: str, statistics: tuple[str, ...], seed: int) -
     corpora = _corpora.build(model, {stat.corpus for stat in seen.statistics.values()}, TEXT, {}, seed)
     take(model, seen, corpora, "-")
     return seen
-
-

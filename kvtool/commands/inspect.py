@@ -13,25 +13,36 @@ MOST = 40  # rows of tensors shown
 def run(path: str) -> dict[str, Any]:
     """Returns the record that `--json` prints: the header, and each tensor's shape, dtype and bytes."""
     header, tensors = files.read(path)
-    shapes = {
+    shapes: dict[str, dict[str, Any]] = {
         name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "bytes": t.nbytes}
         for name, t in sorted(tensors.items())
     }
     total = sum(tensor.nbytes for tensor in tensors.values())
-    note(f"{path}: a {header['kind']}, schema {header['schema']}, written by kvtool {header['kvtool']}, {size(total)}\n")
+    note(
+        f"{path}: a {header['kind']}, schema {header['schema']}, written by kvtool {header['kvtool']}, {size(total)}\n"
+    )
     model = header.get("model", {})
-    facts = {f"model.{key}": _short(value) for key, value in model.items()}
+    facts: dict[str, object] = {f"model.{key}": _short(value) for key, value in model.items()}
     facts |= {
-        key: _short(value) for key, value in header.items() if key not in ("kind", "schema", "kvtool", "model", "corpora", "done")
+        key: _short(value)
+        for key, value in header.items()
+        if key not in ("kind", "schema", "kvtool", "model", "corpora", "done")
     }
     facts |= {f"samples.{kind}": len(done) for kind, done in header.get("done", {}).items()}
     table("what", ("", ""), facts.items())
     parts = [(kind, part) for kind, parts in _corpora(header).items() for part in parts]
     if parts:
-        rows = [(kind, part.get("tokens", ""), part.get("seed", ""), part["hash"], _short(part.get("sources", ""))) for kind, part in parts]
-        table("corpora", ("kind", "tokens", "seed", "hash", "sources"), rows)
+        lines = [
+            (kind, part.get("tokens", ""), part.get("seed", ""), part["hash"], _short(part.get("sources", "")))
+            for kind, part in parts
+        ]
+        table("corpora", ("kind", "tokens", "seed", "hash", "sources"), lines)
     rows = [(name, "×".join(map(str, t["shape"])), t["dtype"], size(t["bytes"])) for name, t in shapes.items()]
-    table("tensors" + (f" (first {MOST} of {len(rows)})" if len(rows) > MOST else ""), ("name", "shape", "dtype", "size"), rows[:MOST])
+    table(
+        "tensors" + (f" (first {MOST} of {len(rows)})" if len(rows) > MOST else ""),
+        ("name", "shape", "dtype", "size"),
+        rows[:MOST],
+    )
     return {"file": path, **header, "tensors": shapes, "bytes": total}
 
 

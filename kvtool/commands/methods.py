@@ -29,6 +29,6 @@ def run(name: str | None, what: str) -> dict[str, Any]:
     needs = [f"the statistics {', '.join(module.STATISTICS)}"] if module.STATISTICS else []
     needs += ["the model itself"] if module.MODEL else []
     note(f"\nNeeds {' and '.join(needs) or 'only the geometry of a model'}.\n")
-    rows = options.describe(module.Options)
-    table("options (--set name=value)", ("name", "default", "meaning"), rows)
-    return {"method": name, "statistics": list(module.STATISTICS), "model": module.MODEL, "options": rows}
+    described = options.describe(module.Options)
+    table("options (--set name=value)", ("name", "default", "meaning"), described)
+    return {"method": name, "statistics": list(module.STATISTICS), "model": module.MODEL, "options": described}

@@ -45,7 +45,8 @@ def run(
         [(stat, f"{cost:.2f}", f"{cost / seconds:.0%}") for stat, cost in sorted(costs.items(), key=lambda i: -i[1])],
     )
     return {
-        "output": output, "kind": "trace", "statistics": sorted(observed.statistics), "seconds": seconds, "costs": costs,
+        "output": output, "kind": "trace", "statistics": sorted(observed.statistics), "seconds": seconds,
+        "costs": costs,
         "samples": {kind: len(done) for kind, done in observed.done.items()},
     }  # fmt: skip
 
@@ -62,7 +63,9 @@ def wanted(stats: list[str], methods: list[str]) -> list[str]:
     return sorted(names) or default_statistics()
 
 
-def take(model: Model, observed: Trace, corpora: dict[str, Corpus], output: str, raw: Raw | None = None) -> dict[str, float]:
+def take(
+    model: Model, observed: Trace, corpora: dict[str, Corpus], output: str, raw: Raw | None = None
+) -> dict[str, float]:
     """Run the profile with a progress bar; an interrupt writes what is complete to `output`."""
     total = sum(len(corpus.samples) for corpus in corpora.values())
     try:
@@ -85,7 +88,9 @@ def _start(model: Model, name: str, names: list[str], resumed: str | None) -> Tr
             raise InputError("cannot resume: the trace is of another model", got=observed.source)
         if sorted(observed.statistics) != names:
             raise InputError(
-                "cannot resume with other statistics", got=", ".join(names), expected=", ".join(sorted(observed.statistics))
+                "cannot resume with other statistics",
+                got=", ".join(names),
+                expected=", ".join(sorted(observed.statistics)),
             )
         observed.complete = True
         return observed
@@ -115,7 +120,9 @@ def _raw_folder(output: str, force: bool) -> Path:
 def _raw(folder: Path, kinds: tuple[str, ...], raw: dict[str, Any], model: Model, corpora: dict[str, Corpus]) -> Raw:
     if "text" not in corpora:
         raise InputError(
-            "--raw writes text samples", got=", ".join(corpora), remedy="add a statistic over text, like --stat channels"
+            "--raw writes text samples",
+            got=", ".join(corpora),
+            remedy="add a statistic over text, like --stat channels",
         )
     layers = span(raw["layers"], model.geometry.layers, "--layers")
     heads = span(raw["heads"], model.geometry.query_heads, "--heads")

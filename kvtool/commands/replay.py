@@ -46,7 +46,11 @@ def find(path: str) -> str:
     """A plan's path, or the path of the ready-made plan of that name; raises InputError when there is neither."""
     if path == "-" or Path(path).exists():
         return path
-    ready = {file.name.removesuffix(".plan.safetensors"): file for shelf in SHELVES for file in shelf.glob("*.plan.safetensors")}
+    ready = {
+        file.name.removesuffix(".plan.safetensors"): file
+        for shelf in SHELVES
+        for file in shelf.glob("*.plan.safetensors")
+    }
     if path not in ready:
         raise InputError(
             "no such plan", got=path, expected="a file" + (f", or one of {', '.join(sorted(ready))}" if ready else "")
@@ -68,7 +72,8 @@ def _tasks(tasks: str, settings: list[str]) -> dict[str, Any]:
 def show(verdict: Verdict) -> None:
     """The verdict for people: one table, the passkey grid, the texts side by side."""
     facts, m = verdict.facts, verdict.metrics
-    title = f"{facts['plan']['method']} on {facts['model']} · {facts['protocol']} prefill · {facts['dtype']} on {facts['device']}"
+    title = f"{facts['plan']['method']} on {facts['model']} · {facts['protocol']} prefill · "
+    title += f"{facts['dtype']} on {facts['device']}"
     rows = [
         (label, form(m[full]) if full in m else "–", form(m[mine]), form_ratio(m, mine, full, ratio))
         for label, mine, full, ratio, form in _ROWS
@@ -109,5 +114,3 @@ def form_ratio(metrics: dict[str, float], mine: str, full: str, ratio: str | Non
     if ratio is None:
         return ""
     return f"{metrics[ratio] if ratio else metrics[mine] / metrics[full]:.3f}×"
-
-

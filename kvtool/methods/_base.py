@@ -1,5 +1,5 @@
-"""What a method file gives: `Options` (a frozen dataclass), `STATISTICS` (what it reads from a trace), `MODEL` (does it run the
-model?), and `calibrate(context, options) -> Decision`. Nothing generic knows a method by name.
+"""What a method file gives: `Options` (a frozen dataclass), `STATISTICS` (what it reads from a trace), `MODEL`
+(does it run the model?), and `calibrate(context, options) -> Decision`. Nothing generic knows a method by name.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from kvtool.trace import Trace
 class Context:
     """What a method may draw on. `model` and `trace` are there when the method's file asks for them.
 
-    `progress(done, total, text)` is called after each step of long work. `resume` holds the tensors of an interrupted calibration
-    (empty otherwise); `checkpoint(tensors)` keeps such tensors in case this one is interrupted.
+    `progress(done, total, text)` is called after each step of long work. `resume` holds the tensors of an
+    interrupted calibration (empty otherwise); `checkpoint(tensors)` keeps such tensors in case this one is
+    interrupted.
     """
 
     geometry: Geometry
@@ -49,7 +50,8 @@ def per_kv_head(scores: torch.Tensor, kv_heads: int, how: str = "max") -> torch.
 
 
 def best(scores: torch.Tensor, count: int, eligible: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """bool mask of the `count` highest of `scores` [L,K] among `eligible` bool [L,K]; ties fall by seeded noise far below any score's step."""
+    """bool mask of the `count` highest of `scores` [L,K] among `eligible` bool [L,K]; ties fall by seeded noise
+    far below any score's step."""
     noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     order = torch.argsort(noise.flatten())  # a seeded order, then a stable sort by score
     ranked = order[torch.argsort(scores.double().flatten()[order], descending=True, stable=True)]

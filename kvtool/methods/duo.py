@@ -1,16 +1,21 @@
-"""DuoAttention: a gate per KV head, trained on passkey recall, tells retrieval heads from streaming heads (Xiao et al., arXiv 2410.10819, ICLR 2025).
+"""DuoAttention: a gate per KV head, trained on passkey recall, tells retrieval heads from streaming heads.
+
+Xiao et al., arXiv 2410.10819, ICLR 2025.
 
     o = α·full + (1 − α)·window per KV head;   loss = mean over answer tokens and channels of (h − h')² + λ·mean |α|
 
-h, h' are final-norm hidden states of the unchanged and the gated run on prompts with several passkeys; α starts at 1, is clamped to [0, 1],
-and AdamW (no decay) trains it with a trapezoid learning rate. A head keeps everything iff its α reaches the (1 − full) quantile over all
-heads, ties broken by seeded noise. The others keep `sink` first and `recent` last entries, at their original positions.
+h, h' are final-norm hidden states of the unchanged and the gated run on prompts with several passkeys; α starts
+at 1, is clamped to [0, 1], and AdamW (no decay) trains it with a trapezoid learning rate. A head keeps everything
+iff its α reaches the (1 − full) quantile over all heads, ties broken by seeded noise. The others keep `sink`
+first and `recent` last entries, at their original positions.
 
     memory 2·b·d·(K_full·t + K_window·min(t, sink + recent))
 
-Ours is the same optimisation made affordable: short prompts, few steps, windows trained at the size they are deployed at (published: sink 128 and recent 256 in
-training, 64 and 256 when deployed, 2000 steps, prompts of 1K to 32K tokens), and an early stop when the ranking has settled. `recent` counts the
-query's own entry; the released cache sees one more. `own_full` takes the full term from the gated run (as RLKV does) instead of the unchanged one.
+Ours is the same optimisation made affordable: short prompts, few steps, windows trained at the size they are
+deployed at (published: sink 128 and recent 256 in training, 64 and 256 when deployed, 2000 steps, prompts of 1K
+to 32K tokens), and an early stop when the ranking has settled. `recent` counts the query's own entry; the
+released cache sees one more. `own_full` takes the full term from the gated run (as RLKV does) instead of the
+unchanged one.
 """
 
 from __future__ import annotations
@@ -33,10 +38,11 @@ MODEL = True
 
 @dataclass(frozen=True)
 class Options:
-    """full: share of KV heads that keep everything. sink, recent: entries of the others, tokens. steps: optimiser steps at most.
-    lengths: prompt lengths, tokens. passkeys: keys per prompt. lr: learning rate. l1: weight λ of the gates' mean. patience: steps over which
-    the chosen heads must stay the same to stop early (0: never). own_full: full term from the gated run. gates: take the gates of this plan, or
-    of a released full_attention_heads.tsv, instead of training."""
+    """full: share of KV heads that keep everything. sink, recent: entries of the others, tokens. steps: optimiser
+    steps at most. lengths: prompt lengths, tokens. passkeys: keys per prompt. lr: learning rate. l1: weight λ of
+    the gates' mean. patience: steps over which the chosen heads must stay the same to stop early (0: never).
+    own_full: full term from the gated run. gates: take the gates of this plan, or of a released
+    full_attention_heads.tsv, instead of training."""
 
     full: float = 0.5
     sink: int = 16
@@ -59,7 +65,9 @@ def calibrate(context: Context, options: Options) -> Decision:
     alpha, losses = given(options.gates, eligible) if options.gates else train(context, options, eligible)
     full = best(alpha, round(options.full * int(eligible.sum())), eligible, context.seed) | ~eligible
     keep = Keep.heads(full, sink=options.sink, recent=options.recent)
-    return Decision(keep, {"alpha": alpha, "loss": losses}, {"steps": len(losses), "full_heads": int((full & eligible).sum())})
+    return Decision(
+        keep, {"alpha": alpha, "loss": losses}, {"steps": len(losses), "full_heads": int((full & eligible).sum())}
+    )
 
 
 def given(path: str, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +76,9 @@ def given(path: str, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         try:
             alpha, losses = torch.from_numpy(np.loadtxt(path, ndmin=2)).float().clamp(0, 1), torch.zeros(0)
         except (OSError, ValueError) as error:
-            raise InputError("cannot read the gates", got=path, expected="numbers, a line per layer, tabs between KV heads") from error
+            raise InputError(
+                "cannot read the gates", got=path, expected="numbers, a line per layer, tabs between KV heads"
+            ) from error
     else:
         evidence = plan.read(path).evidence
         if "alpha" not in evidence:

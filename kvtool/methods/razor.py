@@ -1,13 +1,17 @@
-"""RazorAttention: induction and echo heads keep everything, the others sinks, a window and one averaged entry (Tang et al., arXiv 2407.15891).
+"""RazorAttention: induction and echo heads keep everything, the others sinks, a window and one averaged entry.
 
-On a repeated random string, per query head:  echo = attention to earlier copies of the current token, induction = attention to the
-token after them. A KV head scores as the best of its group; the top `induction` share by induction and the top `echo` share by echo keep the full
-cache. The other heads keep S sinks, R recent entries, and the mean key and value of what was dropped, its logit raised by log N (N dropped entries).
+Tang et al., arXiv 2407.15891, ICLR 2025.
+
+On a repeated random string, echo is a query head's attention to earlier copies of the current token, induction its
+attention to the tokens after those. A KV head scores as the best of its group; the top `induction` share by induction
+and the top `echo` share by echo keep the full cache. The other heads keep S sinks, R recent entries, and the mean key
+and value of the N entries dropped, with log N added to its logit.
 
     memory 2·b·d·(K_full·t + K_rest·(S + R + 1));   R = max(recent, recent_ratio · prompt length)
 
-The shares 14 % and 1 % are from the vendor's released scoring code; 4 sinks, a window of max(4000, n/5) and the compensation formula are from memory
-of the paper (card A3). The ALiBi variant is not here. The released code's mean over the whole matrix ranks alike but scales otherwise.
+The shares 14 % and 1 % are from the vendor's released scoring code; 4 sinks, a window of max(4000, n/5) and the
+compensation formula are from memory of the paper (card A3). The ALiBi variant is not here. The released code's
+mean over the whole matrix ranks alike but scales otherwise.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ MODEL = False
 
 @dataclass(frozen=True)
 class Options:
-    """induction, echo: shares of the KV heads that keep everything. sink, recent: entries of the others, tokens. recent_ratio: window as
-    a share of the prompt, if that is more. compensate: keep the averaged entry."""
+    """induction, echo: shares of the KV heads that keep everything. sink, recent: entries of the others, tokens.
+    recent_ratio: window as a share of the prompt, if that is more. compensate: keep the averaged entry."""
 
     induction: float = 0.14
     echo: float = 0.01

@@ -1,11 +1,14 @@
-"""StreamingLLM: keep a few first tokens, the attention sinks, and a sliding window (Xiao et al., arXiv 2309.17453, ICLR 2024).
+"""StreamingLLM: keep a few first tokens, the attention sinks, and a sliding window.
+
+Xiao et al., arXiv 2309.17453, ICLR 2024.
 
     every KV head keeps entries 0 … S−1 and the last R (the query's own included); memory 2·b·d·K·L·min(t, S + R)
 
-Positions are counted inside the cache (`position=reindex`, as published): a query never stands further than S + R from a sink. We reach this by
-turning the query against the sinks instead of rotating the cached keys at every step; the two are equal, since attention sees only
-differences. `position=original` keeps true distances (what some libraries ship under this name). The trace, if there is one, only
-adds evidence: the attention mass on the first tokens. Nothing that left the window can be recalled.
+Positions are counted inside the cache (`position=reindex`, as published): a query never stands further than S + R
+from a sink. We reach this by turning the query against the sinks instead of rotating the cached keys at every
+step; the two are equal, since attention sees only differences. `position=original` keeps true distances (what
+some libraries ship under this name). The trace, if there is one, only adds evidence: the attention mass on the
+first tokens. Nothing that left the window can be recalled.
 """
 
 from __future__ import annotations

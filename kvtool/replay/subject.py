@@ -1,7 +1,7 @@
 """The two sides of a replay, and the three moves: prefill, one decode step, greedy generation.
 
-Every token after the prompt, and the prompt's last token, goes through a decode step, so what is judged is decoding under the
-compressed cache, never the dense prefill.
+Every token after the prompt, and the prompt's last token, goes through a decode step, so what is judged is
+decoding under the compressed cache, never the dense prefill.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SIDES = ("full", "plan")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, a plan, and how prompts are fed. `chunk` is the prefill chunk in tokens, 0 for the whole prompt at once."""
+    """A model, a plan, and how prompts are fed. `chunk` is the prefill chunk in tokens, 0 for the whole prompt at
+    once."""
 
     model: Model
     plan: Plan

@@ -53,7 +53,9 @@ def parse(bound: str):
         name, sign, limit = match.groups() if match else ("", "", "")
         return name.replace("-", "_"), _OPERATORS[sign], float(limit)
     except (KeyError, ValueError) as error:
-        raise InputError("cannot read the bound", got=repr(bound), expected="like 'recall<0.9' or 'bytes_ratio>0.6'") from error
+        raise InputError(
+            "cannot read the bound", got=repr(bound), expected="like 'recall<0.9' or 'bytes_ratio>0.6'"
+        ) from error
 
 
 def check(bounds: list[str], tasks: Iterable[str]) -> None:

@@ -1,10 +1,11 @@
 """What a statistic is: a zero, observations, and a merge that is associative and commutative.
 
-A statistic is a set of named accumulators, each with a rule: "sum" (fp64 or int64), "min" or "max". Merging two is merging each
-accumulator by its rule, so a trace of A and B is the merge of the traces of A and of B. A statistic overrides the observations it
-needs; the profiler computes only what some statistic asks for.
+A statistic is a set of named accumulators, each with a rule: "sum" (fp64 or int64), "min" or "max". Merging two
+is merging each accumulator by its rule, so a trace of A and B is the merge of the traces of A and of B. A
+statistic overrides the observations it needs; the profiler computes only what some statistic asks for.
 
-Shapes: L layers, H query heads, K KV heads, T tokens, D head dim. All observations are of one sequence (no batch, no padding).
+Shapes: L layers, H query heads, K KV heads, T tokens, D head dim. All observations are of one sequence (no batch,
+no padding).
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
-from kvtool_kernels.attention_statistics.reference import Summary
 
 from kvtool.corpus.base import Sample
 from kvtool.errors import InputError
 from kvtool.model import Geometry, Model
 from kvtool.rotary import Rotary, Table
+from kvtool_kernels.attention_statistics.reference import Summary
 
 Rule = Literal["sum", "min", "max"]
+
 
 @dataclass(frozen=True)
 class States:
@@ -41,6 +43,7 @@ class States:
         """Keys before RoPE [K,T,D], by exact inverse rotation."""
         return self.rotary.unrotate(self.k, self.table)
 
+
 @dataclass(frozen=True)
 class Rows:
     """One layer's attention over a whole sequence, already summed: see `kvtool_kernels.attention_statistics`."""
@@ -50,22 +53,27 @@ class Rows:
     first: int  # rows from which `summary.distance` counts
     sample: Sample
 
+
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream around one layer: before and after its attention, and after the whole layer, [T,hidden] each."""
+    """The residual stream around one layer: before and after its attention, and after the whole layer, [T,hidden]
+    each."""
 
     layer: int
     before: torch.Tensor
     middle: torch.Tensor
     after: torch.Tensor
 
+
 @dataclass(frozen=True)
 class Copying:
-    """One decode step of a needle prompt: attention of the last row per layer [L,H,S], and the token that this step generated."""
+    """One decode step of a needle prompt: attention of the last row per layer [L,H,S], and the token that this
+    step generated."""
 
     attention: torch.Tensor
     generated: int
     prompt: torch.Tensor
+
 
 class Statistic:
     """Base of all statistics. Subclasses set `corpus`, implement `zero`, and override some of the observations."""
@@ -142,14 +150,17 @@ class Statistic:
             raise InputError("a statistic of the trace is damaged", got=f"no {missing[0]!r}")
         self.state = {name: tensors[name].clone() for name in self.rules}
 
+
 # Distances and positions are binned by half octaves, exact below 16: 0, 1, …, 15, 16–22, 23–31, 32–45, …
 _EXACT = 16
 BINS = _EXACT + 2 * 17  # up to 2^21 tokens
+
 
 def bin_of(distance: torch.Tensor) -> torch.Tensor:
     """int64 distance or position → bin index."""
     octaves = torch.log2(distance.clamp_min(1).double() / _EXACT + 1e-12)
     return torch.where(distance < _EXACT, distance, (_EXACT + (2 * octaves + 1e-9).floor().long()).clamp_max(BINS - 1))
+
 
 def bin_edges() -> list[int]:
     """The smallest distance of each bin."""
@@ -157,9 +168,9 @@ def bin_edges() -> list[int]:
     index = bin_of(distance)
     return torch.searchsorted(index, torch.arange(BINS)).tolist()
 
+
 def binned(values: torch.Tensor) -> torch.Tensor:
     """[..., N] by distance or position → [..., BINS] fp64 sums."""
     index = bin_of(torch.arange(values.shape[-1]))
     out = torch.zeros(*values.shape[:-1], BINS, dtype=torch.float64)
     return out.index_add_(-1, index, values.double())
-

@@ -1,10 +1,11 @@
 """Where attention goes: mass by distance, column sums raw and normalised, entropy, concentration.
 
-Per query head. `distance` is attention mass by query-key distance, `columns` the column sums by key position, both in half-octave
-bins (exact below 16), so the sink mass of the first S ≤ 16 tokens and the recent mass are exact sums of bins. Normalised
-column sums divide by the number of rows that can see the column (ZipCache, arXiv 2405.14256, section 4.2). `covered` is the share of a
-sequence's mass that its top 1, 2, 5, 10, 20, 50 % of columns hold (ZipVL's question). Entropy is in nats; normalised, it is divided by the log of
-the number of entries that the row can see, so 1 is uniform.
+Per query head. `distance` is attention mass by query-key distance, `columns` the column sums by key position,
+both in half-octave bins (exact below 16), so the sink mass of the first S ≤ 16 tokens and the recent mass are
+exact sums of bins. Normalised column sums divide by the number of rows that can see the column (ZipCache, arXiv
+2405.14256, section 4.2). `covered` is the share of a sequence's mass that its top 1, 2, 5, 10, 20, 50 % of
+columns hold (ZipVL's question). Entropy is in nats; normalised, it is divided by the log of the number of entries
+that the row can see, so 1 is uniform.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Per-channel magnitude of keys (before and after RoPE) and values: extrema, moments, histogram.
 
-The histogram has signed logarithmic bins, four to an octave from 2⁻¹² to 2⁸ (by exponent and leading mantissa bits), so it needs no range
-fixed beforehand and merges exactly. Bin 0 … 81 negative from large to small, 82 … 163 positive from small to large.
+The histogram has signed logarithmic bins, four to an octave from 2⁻¹² to 2⁸ (by exponent and leading mantissa
+bits), so it needs no range fixed beforehand and merges exactly. Bin 0 … 81 negative from large to small, 82 … 163
+positive from small to large.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Extreme tokens: attention sinks, value-state drains and residual peaks, which are one phenomenon (arXiv 2410.13835).
+"""Extreme tokens: attention sinks, value-state drains and residual peaks, which are one phenomenon.
 
-    sink        mean over rows i > 0 of A[i, 0], per query head; `sink_heads` counts (sequence, head) pairs above 0.3 (threshold from memory)
-    value       ‖W_O^h v(0)‖ and its mean over the other tokens: the value drain is their ratio
-    gap         mean over rows of logit(q, k_0) − mean_{0<j≤i} logit(q, k_j)
-    stream      ‖x(0)‖ and the largest other ‖x(t)‖ before each layer and after the last; `massive` counts tokens whose largest |x| exceeds
-                100 times the layer's mean |x|
+    sink     mean over rows i > 0 of A[i, 0], per query head;
+             `sink_heads` counts (sequence, head) pairs above 0.3 (threshold from memory)
+    value    ‖W_O^h v(0)‖ and its mean over the other tokens: the value drain is their ratio
+    gap      mean over rows of logit(q, k_0) − mean_{0<j≤i} logit(q, k_j); windows and soft caps are left out
+    stream   ‖x(0)‖ (summed over sequences) and the largest other ‖x(t)‖ before each layer and after the last;
+             `massive` counts tokens whose largest |x| exceeds 100 times the layer's mean |x|
+
+Active-dormant heads, arXiv 2410.13835.
 """
 
 from __future__ import annotations

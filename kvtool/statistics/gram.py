@@ -1,7 +1,7 @@
 """Second-moment matrices: what low-rank methods need, without storing tokens.
 
-`k_pre` [L,C,C] and `v` [L,C,C] over the C = K·D channels of all KV heads; `k` [L,K,D,D] after RoPE per KV head; `q` [L,K,D,D] after RoPE,
-summed over the queries of each group. Sums of x xᵀ over tokens.
+`k_pre` [L,C,C] and `v` [L,C,C] over the C = K·D channels of all KV heads; `k` [L,K,D,D] after RoPE per KV head;
+`q` [L,K,D,D] after RoPE, summed over the queries of each group. Sums of x xᵀ over tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Echo and induction scores on a repeated random string of period R (RazorAttention, arXiv 2407.15891, section 3.2).
 
-For every row i of copies 2, 3, …:   echo = Σ_{j < i, j ≡ i mod R} A[i, j],   induction = Σ_{same j} A[i, j + 1],   averaged over rows.
+For every row i of copies 2, 3, …, averaged over rows:
+
+    echo = Σ_{j < i, j ≡ i mod R} A[i, j]          induction = Σ_{same j} A[i, j + 1]
+
 Both are sums along diagonals: distances R, 2R, … and R − 1, 2R − 1, ….
 One row in R thereby also counts the sequence's very first token, so a pure sink head shows about 1/R of its sink mass.
 """

@@ -1,6 +1,7 @@
-"""Pictures of attention: each head's map pooled to 64 × 64 cells, mean attention mass from a cell of rows to a cell of columns.
+"""Pictures of attention: each head's map pooled to 64 × 64 cells.
 
-Each row cell's masses sum to 1. Sequences of all lengths share the grid (relative positions).
+A cell holds the mean attention mass from its rows to its columns, so each row of cells sums to 1. Sequences of all
+lengths share the grid (relative positions).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Cosine of each token's key and value between adjacent layers, per KV head: what depth-merging methods rely on.
 
-`k`, `v` [L−1,K]: sums over tokens of cos(x_l, x_{l+1}) (MiniCache, arXiv 2405.14366). RoPE turns both alike, so keys may be either side of it.
+`k`, `v` [L−1,K]: sums over tokens of cos(x_l, x_{l+1}) (MiniCache, arXiv 2405.14366). RoPE turns both alike, so
+keys may be either side of it.
 """
 
 from __future__ import annotations

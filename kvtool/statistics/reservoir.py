@@ -1,7 +1,8 @@
 """A bounded sample of raw blocks: (q, k, v) of 64 consecutive tokens, after RoPE, the same blocks in every layer.
 
-Blocks are drawn without replacement by the smallest of a hash of their tokens, so the sample depends on the corpus and not on its order, and
-the merge of two samples is the sample of the union. `q` [N,L,H,64,D], `k` and `v` [N,L,K,64,D], `position` [N] of each block's first token.
+Blocks are drawn without replacement by the smallest of a hash of their tokens, so the sample depends on the
+corpus and not on its order, and the merge of two samples is the sample of the union. `q` [N,L,H,64,D], `k` and
+`v` [N,L,K,64,D], `position` [N] of each block's first token.
 """
 
 from __future__ import annotations

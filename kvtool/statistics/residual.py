@@ -1,6 +1,7 @@
-"""How much each layer changes the residual stream: cosine between x before and after its attention, and before and after the layer.
+"""How much each layer changes the residual stream: its cosine before and after attention, and the whole layer.
 
-Sums over tokens of cos(x, x + attention) and cos(x, layer(x)); a layer whose cosine is near 1 does little (LLM-Drop, arXiv 2406.15786).
+Sums over tokens of cos(x, x + attention) and cos(x, layer(x)); a layer whose cosine is near 1 does little
+(LLM-Drop, arXiv 2406.15786).
 """
 
 from __future__ import annotations

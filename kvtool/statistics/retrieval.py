@@ -1,8 +1,9 @@
 """Retrieval score: how often a head's strongest attention lies on the very needle token that is being copied.
 
-For one prompt, score(h) = |copied by h ∩ needle| / |needle|: a needle token counts for a head when, in some decode step, the head's top-1 key is
-that token and the step generates it (arXiv 2404.15574, section 2). The released code adds up steps instead, so a repeated token can push a
-score above 1; that sum is kept as `steps`. A prompt counts only if more than half of the needle's tokens were generated (ROUGE-1 recall > 0.5).
+For one prompt, score(h) = |copied by h ∩ needle| / |needle|: a needle token counts for a head when, in some
+decode step, the head's top-1 key is that token and the step generates it (arXiv 2404.15574, section 2). The
+released code adds up steps instead, so a repeated token can push a score above 1; that sum is kept as `steps`. A
+prompt counts only if more than half of the needle's tokens were generated (ROUGE-1 recall > 0.5).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Retrieval(Statistic):
         self.hits += hit
 
     def end(self, sample: Sample, answer: torch.Tensor | None) -> None:
-        assert sample.answer is not None and answer is not None
+        assert sample.answer is not None
+        assert answer is not None
         wanted = set(sample.answer.tolist())
         recall = len(wanted & set(answer.tolist())) / max(1, len(wanted))
         self["prompts"] += 1

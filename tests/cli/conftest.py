@@ -47,6 +47,14 @@ def induction(shelf: Path, model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def second(shelf: Path, model: Path) -> Path:
+    """The same of other samples."""
+    path = shelf / "second.trace"
+    kv("profile", model, "-o", path, *RAZOR, "--seed", "1").fine()
+    return path
+
+
+@pytest.fixture(scope="session")
 def plan(shelf: Path, induction: Path) -> Path:
     """A lossy plan by razor: half of the heads keep 32 entries."""
     path = shelf / "razor.plan"

@@ -70,7 +70,12 @@ def kv(*arguments: object, stdin: bytes = b"") -> Ran:
 def shell(command: str, folder: Path) -> Ran:
     """A line of bash in `folder`; fails when any part of a pipe does."""
     run = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], cwd=folder, env=ENVIRONMENT, capture_output=True, check=False, timeout=240
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        check=False,
+        timeout=240,
     )
     return Ran(run.returncode, run.stdout, run.stderr.decode())
 

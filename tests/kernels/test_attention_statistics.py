@@ -63,6 +63,16 @@ def test_the_definition_row_by_row(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", names("attention_statistics"))
+@pytest.mark.parametrize("offset", [-3e4, -3e8, 3e8])
+def test_equal_logits_of_any_size_are_uniform_attention(offset: float, name: str) -> None:
+    given = inputs(Case(tokens=130, size=0.0, offset=offset), device=device(name))
+    summary = twin("attention_statistics", name)(**given)
+    seen = torch.arange(1, 131)
+    close(summary.out.cpu(), (given["v"].cpu().cumsum(1) / seen[:, None]).repeat_interleave(2, 0))
+    close(summary.entropy.cpu(), seen.log().expand(4, -1))
+
+
+@pytest.mark.parametrize("name", names("attention_statistics"))
 def test_mass_is_conserved(name: str) -> None:
     given = inputs(Case(tokens=500, cells=64), device=device(name))
     summary = twin("attention_statistics", name)(**given)

@@ -1,7 +1,7 @@
-"""One eager forward pass with all written down: n×n attention, queries, keys before and after RoPE, the residual stream.
+"""One eager forward pass with all written down: n×n attention, keys before and after RoPE, the residual stream.
 
-Shares nothing with kvtool's profiler: attention is each architecture's own eager one, keys before RoPE come from hooks on
-the projections (and their norms), the stream from hooks on the layers.
+Shares nothing with kvtool's profiler: attention is each architecture's own eager one, keys before RoPE come from hooks
+on the projections (and their norms), the stream from hooks on the layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`attend` on the CPU: PyTorch's flash kernel, which also returns the log-sum-exp.
 
-A single query per sequence is packed so that its whole group reads each KV head once; causal attention over a past is
-split into a dense part and a square causal part, then merged, because the kernel's causal mask is aligned at the top left.
+A single query per sequence is packed so that its whole group reads each KV head once; causal attention over a
+past is split into a dense part and a square causal part, then merged, because the kernel's causal mask is aligned
+at the top left.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def attend(
             return own
         past = _flash(q, k[:, :, : entries - tokens], v[:, :, : entries - tokens], 0.0, False, scale=scale)
         return merge(past, own)
-    if causal:
+    if causal and bias is not None:
         hidden = torch.ones(tokens, entries, dtype=torch.bool).triu(entries - tokens + 1)
         bias = bias.expand(bias.shape[0], bias.shape[1], tokens, entries).masked_fill(hidden, float("-inf"))
     return _masked(q, k, v, scale, bias)

@@ -41,7 +41,9 @@ def attend(
         hidden = torch.ones(tokens, entries, dtype=torch.bool, device=q.device).triu(entries - tokens + 1)
         logits = logits.masked_fill(hidden, float("-inf"))
     if k.shape[2] == 0:
-        return q.new_zeros(batch, heads, tokens, v.shape[-1]), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+        return q.new_zeros(batch, heads, tokens, v.shape[-1]), q.new_full(
+            q.shape[:3], float("-inf"), dtype=torch.float32
+        )
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     return (weights @ values).to(q.dtype), lse

@@ -1,8 +1,8 @@
 """`attention_statistics` in plain PyTorch for any device, a block of rows and one KV head at a time.
 
-With w = exp(logit − row maximum) and l = Σ w, every sum is a matrix product with 1/l, so weights are never normalised. The
-distance sum uses that the entries of equal distance lie on a diagonal: read with a row stride one longer, diagonals are columns
-(a margin of zeros on the left absorbs the rows' ends).
+With w = exp(logit − row maximum) and l = Σ w, every sum is a matrix product with 1/l, so weights are never
+normalised. The distance sum uses that the entries of equal distance lie on a diagonal: read with a row stride one
+longer, diagonals are columns (a margin of zeros on the left absorbs the rows' ends).
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def attention_statistics(
             w[:, :, :count] = 0.0
             body = w[:, :, count:]
             t = logits[: group * count * span].view(group, count, span)
-            torch.matmul(q[mine, low:high].reshape(group * count, width), k[head, left:high].T, out=t.view(group * count, span))
+            torch.matmul(
+                q[mine, low:high].reshape(group * count, width), k[head, left:high].T, out=t.view(group * count, span)
+            )
             if softcap is not None:
                 t.div_(softcap).tanh_().mul_(softcap)
             if window is None:
@@ -77,7 +79,10 @@ def attention_statistics(
             summary.entropy[mine, low:high] = (total.log() * seen - torch.linalg.vecdot(body, t)) * inverse
             summary.columns[mine, cell[low] : cell[high - 1] + 1, left:high] += (share * inverse[:, None]) @ body
             skew = torch.as_strided(
-                w, (group, count, count + (low - left) + 1), (count * (count + span), count + span + 1, 1), w.storage_offset()
+                w,
+                (group, count, count + (low - left) + 1),
+                (count * (count + span), count + span + 1, 1),
+                w.storage_offset(),
             )
             diagonals = ((late * inverse)[:, None] @ skew)[:, 0]  # distance count + low − left … 0
             reach = min(diagonals.shape[1], high)

@@ -55,7 +55,9 @@ def attention_statistics(
     columns = weights.new_zeros(q.shape[0], cells, tokens).index_add_(1, cell, weights)
     delta = (row - column).clamp_min(0).to(q.device)
     late = torch.where((row >= first).to(q.device), weights, 0.0)
-    distance = weights.new_zeros(q.shape[0], tokens).scatter_add_(1, delta.flatten().expand(len(q), -1), late.flatten(1))
+    distance = weights.new_zeros(q.shape[0], tokens).scatter_add_(
+        1, delta.flatten().expand(len(q), -1), late.flatten(1)
+    )
     entropy = torch.special.entr(weights).sum(-1)
     out = (weights @ v.float().repeat_interleave(group, 0)).to(q.dtype)
     return Summary(out, lse, columns, distance, entropy)

@@ -44,7 +44,6 @@ CASES = (
     Case(tokens=130, size=100.0),
     Case(tokens=130, offset=300.0),
     Case(tokens=130, offset=-300.0, window=20),
-    Case(tokens=130, size=0.0, offset=-30000.0),
 )
 
 

@@ -1,2 +1,2 @@
-"""What a replay measures: one file per task, each with `Options`, `METRICS` (what it measures, by name), `units(options)` and
-`run(subject, options, progress)`, and where a table helps `show(result)`."""
+"""What a replay measures: one file per task, each with `Options`, `METRICS` (what it measures, by name),
+`units(options)` and `run(subject, options, progress)`, and where a table helps `show(result)`."""

@@ -15,7 +15,8 @@ METRICS = ("recall", "recall_full")
 
 @dataclass(frozen=True)
 class Options:
-    """lengths: prompt lengths, tokens. depths: where the key lies, 0 to 1. keys: keys per point. batch: prompts decoded together."""
+    """lengths: prompt lengths, tokens. depths: where the key lies, 0 to 1. keys: keys per point. batch: prompts
+    decoded together."""
 
     lengths: tuple[int, ...] = (1000, 2000)
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -43,7 +44,12 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
                     hits[side].setdefault((length, sample.depth), []).append(found)
             progress(f"passkey {length} tokens")
     grid = [
-        {"length": length, "depth": depth, "keys": len(found), **{side: _mean(hits[side][length, depth]) for side in SIDES}}
+        {
+            "length": length,
+            "depth": depth,
+            "keys": len(found),
+            **{side: _mean(hits[side][length, depth]) for side in SIDES},
+        }
         for (length, depth), found in hits["full"].items()
     ]
     recall = {side: _mean([hit for found in hits[side].values() for hit in found]) for side in SIDES}

@@ -1,4 +1,5 @@
-"""Bytes and time of one sequence: what the cache holds, what a decode step reads, what was moved, and how long prefill and a step take.
+"""Bytes and time of one sequence: what the cache holds, what a decode step reads, what was moved, and how long
+prefill and a step take.
 
 The sides take turns, so that a busy machine slows both. Times are medians; ratios are of medians from this run.
 """
@@ -9,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -43,14 +45,14 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
     for _ in range(options.repeats):
         for side in SIDES:
             caches[side] = subject.cache(side, options.length)
-            prefill[side].append(_timed(lambda side=side: subject.prefill(caches[side], prompt)))
+            prefill[side].append(_timed(partial(subject.prefill, caches[side], prompt)))
             progress("prefill time")
     held = {side: caches[side].nbytes for side in SIDES}
     read = {side: caches[side].read_bytes for side in SIDES}
     token = prompt[:, -1:]
     for _ in range(options.steps):
         for side in SIDES:
-            decode[side].append(_timed(lambda side=side: subject.step(caches[side], token)))
+            decode[side].append(_timed(partial(subject.step, caches[side], token)))
         progress("decode time")
     seconds = {side: (statistics.median(prefill[side]), statistics.median(decode[side])) for side in SIDES}
     metrics = {

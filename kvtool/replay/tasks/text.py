@@ -1,6 +1,7 @@
 """Held-out text, decoded token by token with the true tokens fed back: perplexity, KL divergence and top-1 agreement.
 
-perplexity ratio = exp(mean NLL under the plan − mean NLL under the full cache); KL(full ‖ plan) in nats, mean over tokens.
+perplexity ratio = exp(mean NLL under the plan − mean NLL under the full cache); KL(full ‖ plan) in nats, mean
+over tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ METRICS = ("perplexity", "perplexity_full", "perplexity_ratio", "kl", "agreement
 
 @dataclass(frozen=True)
 class Options:
-    """source: text files, or "default". prompt: tokens prefilled. tokens: tokens decoded. samples: texts, decoded together."""
+    """source: text files, or "default". prompt: tokens prefilled. tokens: tokens decoded. samples: texts, decoded
+    together."""
 
     source: tuple[str, ...] = ("default",)
     prompt: int = 1000
