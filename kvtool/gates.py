@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
+from kvtool.errors import InputError
 from kvtool.model import Attention, Layer, Model
 from kvtool_kernels.ops import attend
 
@@ -44,6 +45,8 @@ class _Gate(Layer):
         self.alpha, self.sink, self.recent, self.full = alpha, sink, recent, full
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
+        if call.softcap is not None or call.sink_logits is not None:
+            raise InputError("gates cannot be trained on a model with soft-capped attention or sink logits")
         full = _full(q, k, v, call) if self.full is None else self.full
         window = windowed(q, k, v, sink=self.sink, recent=self.recent, scale=call.scale)
         alpha = self.alpha.repeat_interleave(q.shape[1] // k.shape[1])[None, :, None, None]

@@ -63,6 +63,12 @@ class SegmentLayer(Layer):
         for lane in self.lanes:
             lane.reorder(beam_idx)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Overwritten entries cannot come back."""
+        raise InputError(
+            "a segment cache cannot be rolled back", remedy="assisted generation and prompt lookup need the full cache"
+        )
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         for lane in self.lanes:
             lane.reorder(indices)

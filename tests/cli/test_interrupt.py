@@ -16,7 +16,7 @@ from tests.cli.tiny import PROFILE
 
 TRACE = ("--stat", "channels", "--stat", "induction", "--tokens", "512", "--samples", "40", "--set", "repeat.samples=2")
 RAW = ("--raw", "k", "--layers", "0", "--raw-tokens", "8")
-DUO = ("--method", "duo", "--steps", "60", "--lengths", "200", "--set", "passkeys=1", "--set", "patience=8")
+DUO = ("--method", "duo", "--steps", "60", "--lengths", "200", "--set", "passkeys=1", "--set", "patience=29")
 
 
 def interrupted(arguments: list[str], folder: Path, begun: Callable[[], bool]) -> Ran:
@@ -78,7 +78,8 @@ def test_calibrate(model: Path, tmp_path: Path) -> None:
 
     kv("calibrate", model, "-o", plan, *DUO, "--resume").fine()
     assert files(tmp_path) == {plan.name}
-    kv("calibrate", model, "-o", tmp_path / "whole.plan", *DUO).fine()
+    whole = kv("calibrate", model, "-o", tmp_path / "whole.plan", *DUO, "--json").fine().document
+    assert 29 < whole["facts"]["steps"] < 60  # it stopped early, and so did the one that was interrupted
     assert plan.read_bytes() == (tmp_path / "whole.plan").read_bytes()
 
 

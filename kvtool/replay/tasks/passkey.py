@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binomtest
 
 from kvtool.corpus.passkey import passkey
 from kvtool.options import at_least
@@ -52,14 +53,23 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         }
         for (length, depth), found in hits["full"].items()
     ]
-    recall = {side: _mean([hit for found in hits[side].values() for hit in found]) for side in SIDES}
+    every = {side: [hit for found in hits[side].values() for hit in found] for side in SIDES}
+    recall = {side: _mean(found) for side, found in every.items()}
+    interval = {side: _interval(found) for side, found in every.items()}
     metrics = {"recall": recall["plan"], "recall_full": recall["full"]}
-    return Result(metrics, {"grid": grid, "corpus": corpus.provenance})
+    detail = {"grid": grid, "interval": interval, "prompts": len(every["full"]), "corpus": corpus.provenance}
+    return Result(metrics, detail)
 
 
 def units(options: Options) -> int:
     """How many times `progress` is called."""
     return len(options.lengths) * -(-len(options.depths) * options.keys // options.batch)
+
+
+def _interval(hits: list[bool]) -> tuple[float, float]:
+    """95 % confidence interval of the recall (Wilson's score interval)."""
+    found = binomtest(sum(hits), len(hits)).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def _mean(hits: list[bool]) -> float:
@@ -76,4 +86,7 @@ def show(result: Result):
         for length in lengths
         for side in SIDES
     ]
+    for side, (low, high) in result.detail["interval"].items():
+        label = f"{side}, 95 % interval over {result.detail['prompts']} prompts"
+        rows.append((label, f"{low:.2f} to {high:.2f}", *("" for _ in depths[1:])))
     return ("passkey at depth", *(f"{depth:.0%}" for depth in depths)), rows
