@@ -43,19 +43,19 @@ class Raw:
         return sorted({head // self.geometry.group for head in self.heads})
 
     def nbytes(self, lengths: list[int], element: int = 4) -> int:
-        """Bytes for samples of these lengths (tokens), at `element` bytes a number."""
+        """Bytes for samples of these lengths (tokens), at `element` bytes a number of q, k and v; attention is fp32."""
         total = 0
         for length in lengths:
             tokens = min(length, self.tokens or length)
             width = tokens * self.geometry.head_dim
-            per = {"q": len(self.heads) * width, "attention": len(self.heads) * tokens * tokens}
-            per["k"] = per["v"] = len(self.kv_heads) * width
-            total += sum(per[kind] for kind in self.kinds) * element * len(self.layers)
+            per = {"q": element * len(self.heads) * width, "attention": 4 * len(self.heads) * tokens * tokens}
+            per["k"] = per["v"] = element * len(self.kv_heads) * width
+            total += sum(per[kind] for kind in self.kinds) * len(self.layers)
         return total
 
-    def check(self, lengths: list[int]) -> int:
+    def check(self, lengths: list[int], element: int = 4) -> int:
         """Bytes needed; raises InputError when the disk cannot hold them."""
-        needed = self.nbytes(lengths)
+        needed = self.nbytes(lengths, element)
         free = shutil.disk_usage(self.folder.parent).free
         if needed > free:
             raise InputError(
@@ -65,6 +65,13 @@ class Raw:
                 remedy="choose fewer --layers, --heads or --raw-tokens",
             )
         return needed
+
+    def clear(self) -> None:
+        """Remove what an earlier run of the same name wrote."""
+        for path in self.folder.glob("sample-*/layer-*.safetensors"):
+            path.unlink()
+        for path in self.folder.glob("sample-*"):
+            path.rmdir()
 
     def states(self, view: States) -> None:
         """Write one layer of one sample."""

@@ -34,6 +34,8 @@ def run(
     observed = _start(model, name, names, output if continued else None)
     corpora = _corpora.build(model, {stat.corpus for stat in observed.statistics.values()}, text, chosen, seed)
     writer = _raw(folder, kinds, raw, model, corpora) if folder else None
+    if writer and not continued:
+        writer.clear()
     start = time.perf_counter()
     costs = take(model, observed, corpora, output, writer)
     seconds = time.perf_counter() - start
@@ -129,6 +131,6 @@ def _raw(folder: Path, kinds: tuple[str, ...], raw: dict[str, Any], model: Model
     samples = corpora["text"].samples
     numbers = {id(sample): number for number, sample in enumerate(samples)}  # the same after a resume
     writer = Raw(folder, kinds, model.geometry, layers, heads, raw["tokens"], numbers)
-    needed = writer.check([len(sample.tokens) for sample in samples])
+    needed = writer.check([len(sample.tokens) for sample in samples], model.dtype.itemsize)
     note(f"raw tensors: {size(needed)} into {writer.folder}")
     return writer

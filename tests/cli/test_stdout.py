@@ -135,11 +135,3 @@ def test_force_overwrites(induction: Path, plan: Path, here: Path) -> None:
     assert Path("a.plan").read_text() == "something of value"
     kv("calibrate", induction, "--method", "razor", "-o", "a.plan", "--force").fine()
     assert kv("inspect", "a.plan", "--json").document["kind"] == "plan"
-
-
-def test_every_statistic_and_what_it_saw(trace: Path) -> None:
-    seen = kv("inspect", trace, "--json").fine().document
-    assert seen["complete"]
-    assert {kind: len(done) for kind, done in seen["done"].items()} == {"needle": 1, "repeat": 2, "text": 2}
-    assert seen["bytes"] == sum(tensor["bytes"] for tensor in seen["tensors"].values())
-    assert seen["corpora"]["text"][0]["options"]["half"] == "calibration"

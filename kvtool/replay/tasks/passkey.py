@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.stats import binomtest
 
+from kvtool.corpus.base import Sample
 from kvtool.corpus.passkey import passkey
 from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject, batches
@@ -33,17 +35,11 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         subject.model, lengths=options.lengths, depths=options.depths, keys=options.keys, seed=subject.seed
     )
     hits: dict[str, dict[tuple[int, float], list[bool]]] = {side: {} for side in SIDES}
-    for length in options.lengths:
-        samples = [sample for sample in corpus.samples if sample.length == length]
-        for group in batches(samples, options.batch):
-            prompts = torch.stack([sample.tokens for sample in group])
-            steps = max(len(sample.answer) for sample in group)
-            for side in SIDES:
-                out = subject.greedy(subject.cache(side, length), prompts, steps)
-                for sample, row in zip(group, out, strict=True):
-                    found = torch.equal(row[: len(sample.answer)], sample.answer)
-                    hits[side].setdefault((length, sample.depth), []).append(found)
-            progress(f"passkey {length} tokens")
+    for group in grouped(corpus.samples, options):
+        for side in SIDES:
+            for sample, hit in zip(group, recalled(subject, side, group), strict=True):
+                hits[side].setdefault((sample.length, sample.depth), []).append(hit)
+        progress(f"passkey {group[0].length} tokens")
     grid = [
         {
             "length": length,
@@ -59,6 +55,20 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
     metrics = {"recall": recall["plan"], "recall_full": recall["full"]}
     detail = {"grid": grid, "interval": interval, "prompts": len(every["full"]), "corpus": corpus.provenance}
     return Result(metrics, detail)
+
+
+def grouped(samples: Sequence[Sample], options: Options) -> Iterable[list[Sample]]:
+    """Samples of one length, at most `batch` at a time."""
+    for length in options.lengths:
+        yield from batches([sample for sample in samples if sample.length == length], options.batch)
+
+
+def recalled(subject: Subject, side: str, group: Sequence[Sample]) -> list[bool]:
+    """Is each sample's whole answer what `side` generates greedily? The samples are of one length."""
+    answers = [sample.answer for sample in group if sample.answer is not None]
+    prompts = torch.stack([sample.tokens for sample in group])
+    out = subject.greedy(subject.cache(side, prompts.shape[1]), prompts, max(map(len, answers)))
+    return [torch.equal(row[: len(answer)], answer) for row, answer in zip(out, answers, strict=True)]
 
 
 def units(options: Options) -> int:
