@@ -1,4 +1,4 @@
-"""`generate` of transformers over a `SegmentCache` writes what it writes over its own cache: greedily, in batches, with beams."""
+"""`generate` of transformers writes over a `SegmentCache` what it writes over its own: greedy, in batches, by beams."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.replay.subject import Subject
 from tests.replay.conftest import LOSSLESS, windowed
-from tests.running import left_padded
-from tests.tolerance import same
+from tests.running import feed, left_padded
+from tests.tolerance import close, same
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 2},
     "more beams": {"do_sample": False, "num_beams": 4, "num_return_sequences": 3},
 }
+
+LOSSY: dict[str, dict[str, Any]] = {"plain": {}, "mean": {"compensate": True}, "reindexed": {"position": "reindex"}}
 
 
 def prompts(model: Model, *lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,13 +31,13 @@ def prompts(model: Model, *lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     return left_padded([torch.randint(1, model.geometry.vocabulary, (length,), generator=draw) for length in lengths])
 
 
-def generate(model: Model, cache: Any, ids: torch.Tensor, mask: torch.Tensor, **way: Any) -> torch.Tensor:
+def generate(model: Model, cache: Any, ids: torch.Tensor, mask: torch.Tensor, **way: Any) -> Any:
     return model.network.generate(
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, pad_token_id=0, **way
     )
 
 
-def by(model: Model, plan: Plan | None, ids: torch.Tensor, mask: torch.Tensor, **way: Any) -> torch.Tensor:
+def by(model: Model, plan: Plan | None, ids: torch.Tensor, mask: torch.Tensor, **way: Any) -> Any:
     """Tokens by a `SegmentCache`."""
     with model.served():
         return generate(model, SegmentCache(model, plan, protocol="strict"), ids, mask, **way)
@@ -52,9 +54,7 @@ def test_a_lossless_plan_writes_the_same(plan: str, way: str, lengths: tuple[int
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "options", [{}, {"compensate": True}, {"position": "reindex"}], ids=["plain", "mean", "reindex"]
-)
+@pytest.mark.parametrize("options", LOSSY.values(), ids=LOSSY)
 def test_a_lossy_plan_writes_alike_alone_and_in_a_batch(options: dict[str, Any], way: str, model: Model) -> None:
     plan, lengths = windowed(model, sink=1, recent=5, **options), (21, 9, 15)
     ids, mask = prompts(model, *lengths)
@@ -63,6 +63,18 @@ def test_a_lossy_plan_writes_alike_alone_and_in_a_batch(options: dict[str, Any],
     for row, length in enumerate(lengths):
         alone = by(model, plan, ids[row : row + 1, -length:], mask[row : row + 1, -length:], **WAYS[way])[:, length:]
         same(together[row * rows : (row + 1) * rows], alone)
+
+
+@pytest.mark.parametrize("options", LOSSY.values(), ids=LOSSY)
+def test_a_beams_score_is_its_tokens_own(options: dict[str, Any], model: Model) -> None:
+    """What the search added up while rows changed places equals one undisturbed pass over the winner."""
+    plan = windowed(model, sink=1, recent=5, **options)
+    ids, mask = prompts(model, 21, 21)
+    found = by(model, plan, ids, mask, **WAYS["beams"], return_dict_in_generate=True, output_scores=True)
+    tokens = found.sequences
+    logits = feed(model, SegmentCache(model, plan, protocol="strict"), tokens, [21, *[1] * 12])[:, 20:-1]
+    logs = logits.log_softmax(-1).gather(-1, tokens[:, 21:, None])
+    close(found.sequences_scores, logs.mean((1, 2)))
 
 
 def test_beams_part_from_greedy(model: Model) -> None:

