@@ -12,6 +12,7 @@ import torch
 from _harness import table
 
 from kvtool import plan
+from kvtool.cache.segment_cache import SegmentCache
 from kvtool.commands.replay import find
 from kvtool.corpus.passkey import passkey as grid
 from kvtool.methods._base import best, full_attention
@@ -53,21 +54,30 @@ def main() -> None:
     options = passkey.Options(lengths=tuple(map(int, chosen.lengths.split(","))), keys=chosen.keys)
     model, rows = load("smollm2"), []
     corpus = grid(model, lengths=options.lengths, depths=options.depths, keys=options.keys, seed=1)
-    held = {}
-    for what, candidate, protocol in contenders(model):
-        subject = Subject(model, candidate, protocol)
-        with model.served():
-            hits = [
-                hit
-                for group in passkey.grouped(corpus.samples, options)
-                for hit in passkey.recalled(subject, "plan", group)
-            ]
-            cache = subject.cache("plan", HELD_AT)
-            subject.prefill(cache, torch.randint(100, 40000, (1, HELD_AT), generator=torch.Generator().manual_seed(0)))
-        held[what] = cache.nbytes
-        share = held[what] / held[FULL]
-        rows.append((what, protocol, f"{sum(hits)} of {len(hits)}", f"{sum(hits) / len(hits):.3f}", f"{share:.3f}"))
-        print(*rows[-1], file=sys.stderr, flush=True)
+    contestants = contenders(model)
+    found: dict[str, list[bool]] = {}
+    with model.served():
+        for group in passkey.grouped(corpus.samples, options):
+            tokens = passkey.prompts(group)
+            dense = Subject(model, contestants[0][1]).cache("plan", tokens.shape[1])
+            Subject(model, contestants[0][1]).prefill(dense, tokens[:, :-1])
+            for what, candidate, protocol in contestants:
+                subject = Subject(model, candidate, protocol)
+                cache = subject.cache("plan", tokens.shape[1])
+                if protocol == "official":  # the prefill is dense: every such plan starts from the same one
+                    cache.adopt(dense)
+                else:
+                    subject.prefill(cache, tokens[:, :-1])
+                found.setdefault(f"{what}, {protocol}", []).extend(passkey.recalled(subject, cache, group))
+            print({name: sum(hits) for name, hits in found.items()}, file=sys.stderr, flush=True)
+        long = torch.randint(100, 40000, (1, HELD_AT), generator=torch.Generator().manual_seed(0))
+        Subject(model, contestants[0][1]).prefill(dense := SegmentCache(model), long)
+        for what, candidate, protocol in contestants:
+            cache = SegmentCache(model, candidate)
+            cache.adopt(dense)
+            hits = found[f"{what}, {protocol}"]
+            share = cache.nbytes / dense.nbytes
+            rows.append((what, protocol, f"{sum(hits)} of {len(hits)}", f"{sum(hits) / len(hits):.3f}", f"{share:.3f}"))
     columns = ("heads", "prefill", "found", "recall", f"bytes held at {HELD_AT} ÷ full")
     points = len(corpus.samples)
     table(f"Passkey recall at {chosen.lengths} tokens, {points} prompts, sink {SINK}, recent {RECENT}", columns, rows)

@@ -30,6 +30,8 @@ class _Recorder(Layer):
     out: torch.Tensor | None = None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
+        if call.softcap is not None or call.sink_logits is not None:
+            raise InputError("gates cannot be trained on a model with soft-capped attention or sink logits")
         self.out = _full(q, k, v, call)
         return self.out
 
@@ -45,8 +47,6 @@ class _Gate(Layer):
         self.alpha, self.sink, self.recent, self.full = alpha, sink, recent, full
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        if call.softcap is not None or call.sink_logits is not None:
-            raise InputError("gates cannot be trained on a model with soft-capped attention or sink logits")
         full = _full(q, k, v, call) if self.full is None else self.full
         window = windowed(q, k, v, sink=self.sink, recent=self.recent, scale=call.scale)
         alpha = self.alpha.repeat_interleave(q.shape[1] // k.shape[1])[None, :, None, None]
@@ -67,7 +67,7 @@ class Recording:
 
 
 def record(model: Model, tokens: torch.Tensor) -> Recording:
-    """tokens int64 [T]."""
+    """tokens int64 [T]. Raises InputError for attention that the gated run could not imitate."""
     layers = [_Recorder() for _ in range(model.geometry.layers)]
     with model.served(), torch.no_grad():
         hidden = _hidden(model, tokens, layers)
@@ -119,7 +119,7 @@ def windowed(
     tokens, width = q.shape[2], q.shape[3]
     block = min(BLOCK, tokens)
     blocks = -(-tokens // block)
-    sink = min(sink, tokens)
+    sink, recent = min(sink, tokens), min(recent, tokens)
     tail = blocks * block - tokens
 
     def near(x: torch.Tensor) -> torch.Tensor:  # [1,K,T,D] → [blocks,K,recent−1+block,D]

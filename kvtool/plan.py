@@ -132,13 +132,18 @@ def compose(first: Plan, second: Plan) -> Plan:
     clash = [slot for slot, filled in first.slots.items() if filled and second.slots[slot]]
     if clash:
         raise InputError(f"both plans fill the slot {clash[0]!r}", got=f"{first.method} and {second.method}")
+    names = [first.method, second.method + (" (2)" if second.method == first.method else "")]
     lossy = [plan for plan in (first, second) if any(plan.slots.values())]
     keeper = next((plan for plan in lossy if plan.slots["keep"]), first)
     return replace(
         first,
         method=" + ".join(plan.method for plan in lossy) or first.method,
-        options={plan.method: plan.options for plan in (first, second)},
+        options={names[0]: first.options, names[1]: second.options},
         provenance={"composed": [first.provenance, second.provenance]},
         keep=keeper.keep,
-        evidence={f"{plan.method}.{name}": array for plan in (first, second) for name, array in plan.evidence.items()},
+        evidence={
+            f"{label}.{name}": array
+            for label, plan in zip(names, (first, second), strict=True)
+            for name, array in plan.evidence.items()
+        },
     )

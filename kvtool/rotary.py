@@ -27,6 +27,7 @@ class Rotary:
     kwargs: dict[str, Any]
     width: int  # how many of the head's first channels are rotated
     interleaved: bool
+    doubled: bool = False  # the module gives each angle once (GPT-OSS), not once a channel
 
     def table(self, positions: torch.Tensor) -> Table | None:
         """positions int64 [...] → (cos, sin) fp32 [..., width], scaling factors included."""
@@ -37,6 +38,8 @@ class Rotary:
         kwargs = {name: flat if _is_positions(value) else value for name, value in self.kwargs.items()}
         with torch.no_grad():
             cos, sin = self.module(*args, **kwargs)
+        if self.doubled:
+            cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
         return tuple(part[0].float().reshape(*positions.shape, -1) for part in (cos, sin))
 
     def rotate(self, x: torch.Tensor, table: Table | None) -> torch.Tensor:
@@ -101,18 +104,26 @@ def detect(
             continue
         module, args, kwargs, _ = origin
         found.append(Rotary(module, args, kwargs, rotation[0].shape[-1], False))
-    interleaved = _convention(found[0], rotations[0], first_key)
-    return [Rotary(r.module, r.args, r.kwargs, r.width, interleaved) if r.module is not None else r for r in found]
+    doubled, interleaved = _convention(found[0], rotations[0], first_key)
+    return [
+        Rotary(r.module, r.args, r.kwargs, r.width * (1 + doubled), interleaved, doubled) if r.module is not None else r
+        for r in found
+    ]
 
 
-def _convention(rotary: Rotary, rotation: Table | None, key: torch.Tensor) -> bool:
+def _convention(rotary: Rotary, rotation: Table | None, key: torch.Tensor) -> tuple[bool, bool]:
+    if rotary.module is None:
+        return False, False
     positions = torch.arange(key.shape[2], device=key.device)
-    for interleaved in (False, True):
-        trial = Rotary(rotary.module, rotary.args, rotary.kwargs, rotary.width, interleaved)
+    for doubled, interleaved in ((False, False), (False, True), (True, False)):
+        width = rotary.width * (1 + doubled)
+        if width > key.shape[-1]:
+            continue
+        trial = Rotary(rotary.module, rotary.args, rotary.kwargs, width, interleaved, doubled)
         bare = trial.unrotate(key, trial.table(positions)).float()
         spread = (bare - bare[:, :, :1]).abs().max()
         if bool(spread <= 2e-2 * bare.abs().max().clamp_min(1e-6)):
-            return interleaved
+            return doubled, interleaved
     raise InputError(
         "the model's rotary embedding is of a kind that kvtool cannot undo",
         expected="half-split or interleaved pairs, or positions that enter elsewhere",

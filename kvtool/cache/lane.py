@@ -53,12 +53,24 @@ class Lane(ABC):
         """Attend q [B,H,T,D] over the held entries and the new k, v [B,K,T,D], then keep what the policy keeps."""
 
     @abstractmethod
+    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """Keep what the policy keeps of k, v [B,K,T,D], attending to nothing."""
+
+    @abstractmethod
+    def recall(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The unpadded entries held after `columns` tokens, in column order: k, v [B,K,N,D], the first one's column."""
+
+    @abstractmethod
     def buffers(self) -> Iterator[torch.Tensor]:
         """Every tensor held, for the byte ledger."""
 
     @abstractmethod
     def entries(self, columns: int) -> int:
         """Entries per KV head that a decode step reads after `columns` tokens."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Drop everything."""
 
     @abstractmethod
     def reorder(self, rows: torch.Tensor) -> None:
@@ -74,14 +86,21 @@ class Full(Lane):
         self.values: torch.Tensor | None = None
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
-        end = step.start + k.shape[2]
-        self.keys = _append(self.keys, k, step.start)
-        self.values = _append(self.values, v, step.start)
+        self.absorb(k, v, step)
+        keys, values, _ = self.recall(step.start + k.shape[2])
         bias = None
         if step.padding is not None:
-            bias = _hide(torch.arange(end, device=q.device) < step.padding[:, None])[:, None, None]
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+            bias = _hide(torch.arange(keys.shape[2], device=q.device) < step.padding[:, None])[:, None, None]
         return attend(q, keys, values, causal=q.shape[2] > 1, bias=bias, **step.options)
+
+    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        self.keys = _append(self.keys, k, step.start)
+        self.values = _append(self.values, v, step.start)
+
+    def recall(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[:, :, :columns], self.values[:, :, :columns], 0
 
     def buffers(self) -> Iterator[torch.Tensor]:
         if self.keys is not None and self.values is not None:
@@ -89,6 +108,9 @@ class Full(Lane):
 
     def entries(self, columns: int) -> int:
         return columns
+
+    def clear(self) -> None:
+        self.keys = self.values = None
 
     def reorder(self, rows: torch.Tensor) -> None:
         if self.keys is not None and self.values is not None:
@@ -115,7 +137,7 @@ class Window(Lane):
     ):
         super().__init__(heads)
         if model_window is not None:  # what the model itself never sees need not be held, and cannot be a sink
-            sink, recent = 0, min(recent, model_window)
+            sink, recent = 0, min(sink + recent, model_window)
         self.sink, self.recent, self.reindex, self.model_window = sink, recent, reindex, model_window
         self.mean = Mean() if compensate and model_window is None else None
         self.keys: torch.Tensor | None = None
@@ -128,7 +150,7 @@ class Window(Lane):
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
         batch = q.shape[0]
-        position = step.start - (step.padding if step.padding is not None else q.new_zeros(batch, dtype=torch.long))
+        position = step.start - _padding(q, step)
         used = self._reserve(k, step.start + 1)
         rows, slot = torch.arange(batch, device=q.device), self._slot(position)
         keys, values = self.keys, self.values
@@ -161,26 +183,41 @@ class Window(Lane):
         chunk."""
         if step.strict:
             return position.clamp_max(self.sink + self.recent - 1)
-        fed = step.start - (step.padding if step.padding is not None else torch.zeros_like(position[:, 0]))
+        fed = step.start - _padding(position, step)
         return position - (fed - self.sink - self.recent).clamp_min(0)[:, None]
 
     # many tokens: [sinks] and [recent entries in column order, then the chunk], a block of query rows at a time
 
     def _chunk(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
-        batch, start, tokens = q.shape[0], step.start, k.shape[2]
-        padding = step.padding if step.padding is not None else torch.zeros(batch, dtype=torch.long, device=q.device)
-        held_k, held_v, first = self._ordered(k, v, start, padding)
-        columns_k, columns_v = torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2)
-        positions = torch.arange(first, start + tokens, device=q.device) - padding[:, None]  # [B, columns]
-        self._absorb_sinks(k, v, start, padding)
-        reach = self.recent if step.strict else self.model_window or start + tokens
-        if reach >= start + tokens and first == 0:  # the columns are everything, and nothing is out of reach
+        end = step.start + k.shape[2]
+        columns_k, columns_v, positions = self._columns(k, v, step)
+        self._absorb_sinks(k, v, step)
+        reach = self.recent if step.strict else self.model_window or end
+        if reach >= end and columns_k.shape[2] == end:  # the columns are everything, and nothing is out of reach
             bias = None if step.padding is None else _hide(positions < 0)[:, None, None]
             out = attend(q, columns_k, columns_v, causal=True, bias=bias, **step.options)
         else:
             out = self._windowed(q, columns_k, columns_v, positions, reach, step)
-        self._absorb_recent(columns_k, columns_v, positions, start + tokens, padding)
+        self._absorb_recent(columns_k, columns_v, positions)
         return out
+
+    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        columns_k, columns_v, positions = self._columns(k, v, step)
+        self._absorb_sinks(k, v, step)
+        self._absorb_recent(columns_k, columns_v, positions)
+
+    def recall(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        assert self.keys is not None
+        assert self.values is not None
+        padding = torch.zeros(len(self.keys), dtype=torch.long, device=self.keys.device)
+        return self._ordered(self.keys, self.values, columns, padding)
+
+    def _columns(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Held recent entries and the chunk in column order: k, v [B,K,N,D], and their positions [B,N]."""
+        padding = _padding(k, step)
+        held_k, held_v, first = self._ordered(k, v, step.start, padding)
+        positions = torch.arange(first, step.start + k.shape[2], device=k.device) - padding[:, None]
+        return torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2), positions
 
     def _windowed(self, q, columns_k, columns_v, positions, reach: int, step: Step) -> Partial:
         """Each query sees the sinks, its last `reach` entries, and (with compensation) the mean of what is dropped."""
@@ -232,19 +269,20 @@ class Window(Lane):
         index = slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         return self.keys.gather(2, index), self.values.gather(2, index), start - held  # type: ignore[union-attr]
 
-    def _absorb_sinks(self, k, v, start: int, padding: torch.Tensor) -> None:
+    def _absorb_sinks(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        start = step.start
         self._reserve(k, start + k.shape[2])
-        for row, pad in enumerate(padding.tolist()):
+        for row, pad in enumerate(_padding(k, step).tolist()):
             low, high = max(start - pad, 0), min(start + k.shape[2] - pad, self.sink)
             if low < high:
                 chunk = slice(low + pad - start, high + pad - start)
                 self.keys[row, :, low:high] = k[row, :, chunk]  # type: ignore[index]
                 self.values[row, :, low:high] = v[row, :, chunk]  # type: ignore[index]
 
-    def _absorb_recent(self, columns_k, columns_v, positions, end: int, padding: torch.Tensor) -> None:
+    def _absorb_recent(self, columns_k: torch.Tensor, columns_v: torch.Tensor, positions: torch.Tensor) -> None:
         """Write the last R entries into the ring; fold what left the window into the mean."""
         if self.mean is not None:
-            dropped = (positions >= self.sink) & (positions < (end - padding)[:, None] - self.recent)
+            dropped = (positions >= self.sink) & (positions <= positions[:, -1:] - self.recent)
             self.mean.fold_many(columns_k, columns_v, dropped)
         for row in range(len(positions)):
             tail = positions[row, -self.recent :]
@@ -274,11 +312,20 @@ class Window(Lane):
     def entries(self, columns: int) -> int:
         return min(columns, self.sink + self.recent) + (self.mean is not None and columns > self.sink + self.recent)
 
+    def clear(self) -> None:
+        self.keys = self.values = None
+        self.mean = None if self.mean is None else Mean()
+
     def reorder(self, rows: torch.Tensor) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
         if self.mean is not None:
             self.mean.reorder(rows)
+
+
+def _padding(like: torch.Tensor, step: Step) -> torch.Tensor:
+    """Left padding per row, int64 [B]."""
+    return torch.zeros(len(like), dtype=torch.long, device=like.device) if step.padding is None else step.padding
 
 
 def _append(buffer: torch.Tensor | None, new: torch.Tensor, start: int) -> torch.Tensor:

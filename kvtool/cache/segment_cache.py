@@ -32,7 +32,10 @@ class SegmentLayer(Layer):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         padding = None
         if call.padding is not None:
-            padding = (~call.padding.bool()).sum(1)
+            seen = call.padding.bool()
+            if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+                raise InputError("the attention mask hides tokens elsewhere than on the left", remedy="pad on the left")
+            padding = (~seen).sum(1)
         step = Step(self.columns, call.scale, call.softcap, padding, self.strict)
         self.columns += k.shape[2]
         if len(self.lanes) == 1:
@@ -58,6 +61,18 @@ class SegmentLayer(Layer):
 
     def get_seq_length(self) -> int:
         return self.columns
+
+    def adopt(self, other: SegmentLayer) -> None:
+        """Take over what `other`, one lane of all heads without padding, holds, as if it had been fed here."""
+        k, v, first = other.lanes[0].recall(other.columns)
+        for lane in self.lanes:
+            lane.absorb(k[:, lane.heads], v[:, lane.heads], Step(first, 1.0, None, None, self.strict))
+        self.columns = other.columns
+
+    def reset(self) -> None:
+        self.columns = 0
+        for lane in self.lanes:
+            lane.clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for lane in self.lanes:
@@ -113,6 +128,16 @@ class SegmentCache(Cache):
             layers.append(SegmentLayer(lanes, strict=protocol == "strict"))
         self.segments = layers
         super().__init__(layers=list(layers))
+
+    def adopt(self, full: SegmentCache) -> None:
+        """Start from a prompt (unpadded) that the full cache `full` was fed at once.
+
+        The result is the same as feeding this cache, as long as prefill is dense: under the official protocol.
+        """
+        if self.protocol != "official":
+            raise InputError("a strict cache must see its own prefill")
+        for mine, theirs in zip(self.segments, full.segments, strict=True):
+            mine.adopt(theirs)
 
     @property
     def nbytes(self) -> int:

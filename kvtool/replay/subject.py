@@ -50,10 +50,19 @@ class Subject:
             output = self.model.network(input_ids=tokens.to(self.model.device), past_key_values=cache)
         return output.logits[:, -1].float()
 
-    def greedy(self, cache: SegmentCache, prompts: torch.Tensor, steps: int) -> torch.Tensor:
-        """prompts int64 [B,T] → the next `steps` tokens, int64 [B,steps], stop tokens not heeded."""
-        self.prefill(cache, prompts[:, :-1])
-        token, out = prompts[:, -1:], []
+    def both(self, prompts: torch.Tensor) -> dict[str, SegmentCache]:
+        """Both sides' caches after prompts int64 [B,T]. A dense prefill is the same for both, so it is run once."""
+        caches = {side: self.cache(side, prompts.shape[1]) for side in SIDES}
+        self.prefill(caches["full"], prompts)
+        if self.protocol == "official" and not self.chunk:
+            caches["plan"].adopt(caches["full"])
+        else:
+            self.prefill(caches["plan"], prompts)
+        return caches
+
+    def greedy(self, cache: SegmentCache, token: torch.Tensor, steps: int) -> torch.Tensor:
+        """A prefilled cache and their prompts' last tokens int64 [B,1] → the next [B,steps], stops not heeded."""
+        out = []
         for _ in range(steps):
             token = self.step(cache, token).argmax(-1, keepdim=True)
             out.append(token.cpu())

@@ -148,6 +148,9 @@ class Statistic:
         missing = sorted(set(self.rules) - set(tensors))
         if missing:
             raise InputError("a statistic of the trace is damaged", got=f"no {missing[0]!r}")
+        for name in self.rules:
+            if tensors[name].shape != self.state[name].shape:
+                raise InputError("a statistic of the trace is damaged", got=f"{name} of another shape")
         self.state = {name: tensors[name].clone() for name in self.rules}
 
 

@@ -34,7 +34,7 @@ class Attention(Statistic):
         summary, layer = view.summary, view.layer
         columns = summary.columns.sum(1)
         tokens = columns.shape[-1]
-        normalised = columns / torch.arange(tokens, 0, -1)
+        normalised = columns / torch.arange(tokens, 0, -1).clamp_max(self.geometry.windows[layer] or tokens)
         self["distance"][layer] += binned(summary.distance)
         self["columns"][layer] += binned(columns)
         self["columns_normalised"][layer] += binned(normalised)

@@ -38,7 +38,7 @@ class Extremes(Statistic):
     def rows(self, view: Rows) -> None:
         columns = view.summary.columns[:, :, 0].sum(1).double()
         tokens = view.summary.columns.shape[-1]
-        mass = (columns - 1) / max(1, tokens - 1)  # row 0 sees only itself
+        mass = (columns - view.summary.corner) / max(1, tokens - 1)
         self["sink"][view.layer] += mass
         self["sink_heads"][view.layer] += mass > SINK
 

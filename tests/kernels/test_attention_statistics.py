@@ -56,6 +56,8 @@ def test_the_definition_row_by_row(case: Case) -> None:
             expected["lse"][head, row] = total.log()
             expected["entropy"][head, row] = -(weights * weights.log()).sum()
             expected["columns"][head, row * case.cells // case.tokens, low : row + 1] += weights
+            if row == 0:
+                expected["corner"][head] = weights[0]
             if row >= case.first:
                 expected["distance"][head, : row - low + 1] += weights.flip(0)
     for name, value in expected.items():

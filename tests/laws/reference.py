@@ -84,7 +84,7 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
             compensate = bool(keep.compensate[layer, head])
         everything = recent == EVERYTHING
         if window is not None:  # the model's own window allows no sinks, and nothing stands in for what leaves it
-            sink, recent, compensate, everything = 0, window if everything else min(recent, window), False, False
+            sink, recent, compensate, everything = 0, window if everything else min(sink + recent, window), False, False
         for row in range(query.shape[2]):
             # entries sink … first − 1 were dropped before this row; the row sees all others up to its own
             first = row - recent + 1 if run.strict or run.alone[row] else run.start[row] - recent

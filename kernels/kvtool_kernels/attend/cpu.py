@@ -26,6 +26,7 @@ def attend(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.attend`; soft caps, empty segments and unequal head dims go there."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     tokens, entries = q.shape[2], k.shape[2]
     if softcap is not None or entries == 0 or k.shape[-1] != v.shape[-1]:
         return reference.attend(q, k, v, scale=scale, causal=causal, bias=bias, softcap=softcap)

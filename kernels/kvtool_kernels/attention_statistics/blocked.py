@@ -12,7 +12,7 @@ import torch
 from kvtool_kernels.attention_statistics.reference import Summary
 
 ROWS = 64
-HIDDEN = -1e4  # a finite logit whose exponential is 0
+HIDDEN = -1e30  # a finite logit whose exponential is 0
 
 
 def attention_statistics(
@@ -31,11 +31,17 @@ def attention_statistics(
     heads, tokens, width = q.shape
     kv_heads = k.shape[0]
     group = heads // kv_heads
+    dtype = q.dtype
     q, k, v = (q * scale).float(), k.float(), v.float()
     rows = min(ROWS, tokens)
     new = q.new_zeros
     summary = Summary(
-        new(heads, tokens, width), new(heads, tokens), new(heads, cells, tokens), new(heads, tokens), new(heads, tokens)
+        new(heads, tokens, width),
+        new(heads, tokens),
+        new(heads, cells, tokens),
+        new(heads, tokens),
+        new(heads, tokens),
+        new(heads),
     )
     place = torch.arange(tokens, device=q.device)
     cell = (torch.arange(tokens) * cells // tokens).tolist()
@@ -74,6 +80,8 @@ def attention_statistics(
             if sink_logits is not None:
                 total = seen + torch.exp(sink_logits[mine, None].float() - top[..., 0])
             inverse = total.reciprocal()
+            if low == 0:
+                summary.corner[mine] = body[:, 0, 0] * inverse[:, 0]
             summary.out[mine, low:high] = (body @ v[head, left:high]) * inverse[..., None]
             summary.lse[mine, low:high] = top[..., 0] + total.log()
             summary.entropy[mine, low:high] = (total.log() * seen - torch.linalg.vecdot(body, t)) * inverse
@@ -87,4 +95,4 @@ def attention_statistics(
             diagonals = ((late * inverse)[:, None] @ skew)[:, 0]  # distance count + low − left … 0
             reach = min(diagonals.shape[1], high)
             summary.distance[mine, :reach] += diagonals.flip(-1)[:, :reach]
-    return summary._replace(out=summary.out.to(q.dtype))
+    return summary._replace(out=summary.out.to(dtype))

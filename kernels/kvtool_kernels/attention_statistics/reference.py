@@ -4,6 +4,7 @@
     columns[h,c,j]  = Σ_{i in row cell c} A[h,i,j]        row cell c holds the rows with ⌊i · cells / T⌋ = c
     distance[h,δ]   = Σ_{i ≥ first} A[h,i,i−δ]
     entropy[h,i]    = −Σ_j A[h,i,j] log A[h,i,j]          (nats)
+    corner[h]       = A[h,0,0]
 
 `sink_logits[h]`, where given, takes part in the softmax with value 0: rows of A then sum to less than 1.
 """
@@ -16,13 +17,14 @@ import torch
 
 
 class Summary(NamedTuple):
-    """out [H,T,D] in q's dtype; fp32: lse [H,T], columns [H,cells,T], distance [H,T], entropy [H,T]."""
+    """out [H,T,D] in q's dtype; fp32: lse [H,T], columns [H,cells,T], distance [H,T], entropy [H,T], corner [H]."""
 
     out: torch.Tensor
     lse: torch.Tensor
     columns: torch.Tensor
     distance: torch.Tensor
     entropy: torch.Tensor
+    corner: torch.Tensor
 
 
 def attention_statistics(
@@ -60,4 +62,4 @@ def attention_statistics(
     )
     entropy = torch.special.entr(weights).sum(-1)
     out = (weights @ v.float().repeat_interleave(group, 0)).to(q.dtype)
-    return Summary(out, lse, columns, distance, entropy)
+    return Summary(out, lse, columns, distance, entropy, weights[:, 0, 0])

@@ -30,8 +30,8 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
     )  # fmt: skip
     prompt = corpus.samples[0].tokens[None]
     ids, written = {}, {}
-    for side in SIDES:
-        out = subject.greedy(subject.cache(side, options.prompt), prompt, options.tokens)[0]
+    for side, cache in subject.both(prompt[:, :-1]).items():
+        out = subject.greedy(cache, prompt[:, -1:], options.tokens)[0]
         ids[side], written[side] = out.tolist(), subject.model.tokenizer.decode(out)
         progress("generation")
     same = next((i for i, (a, b) in enumerate(zip(ids["full"], ids["plan"], strict=True)) if a != b), options.tokens)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import binomtest
 
+from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.base import Sample
 from kvtool.corpus.passkey import passkey
 from kvtool.options import at_least
@@ -36,8 +37,9 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
     )
     hits: dict[str, dict[tuple[int, float], list[bool]]] = {side: {} for side in SIDES}
     for group in grouped(corpus.samples, options):
+        caches = subject.both(prompts(group)[:, :-1])
         for side in SIDES:
-            for sample, hit in zip(group, recalled(subject, side, group), strict=True):
+            for sample, hit in zip(group, recalled(subject, caches[side], group), strict=True):
                 hits[side].setdefault((sample.length, sample.depth), []).append(hit)
         progress(f"passkey {group[0].length} tokens")
     grid = [
@@ -63,11 +65,15 @@ def grouped(samples: Sequence[Sample], options: Options) -> Iterable[list[Sample
         yield from batches([sample for sample in samples if sample.length == length], options.batch)
 
 
-def recalled(subject: Subject, side: str, group: Sequence[Sample]) -> list[bool]:
-    """Is each sample's whole answer what `side` generates greedily? The samples are of one length."""
+def prompts(group: Sequence[Sample]) -> torch.Tensor:
+    """Samples of one length → int64 [B,T]."""
+    return torch.stack([sample.tokens for sample in group])
+
+
+def recalled(subject: Subject, cache: SegmentCache, group: Sequence[Sample]) -> list[bool]:
+    """Is each sample's whole answer what follows greedily? `cache` has seen the prompts but for their last token."""
     answers = [sample.answer for sample in group if sample.answer is not None]
-    prompts = torch.stack([sample.tokens for sample in group])
-    out = subject.greedy(subject.cache(side, prompts.shape[1]), prompts, max(map(len, answers)))
+    out = subject.greedy(cache, prompts(group)[:, -1:], max(map(len, answers)))
     return [torch.equal(row[: len(answer)], answer) for row, answer in zip(out, answers, strict=True)]
 
 

@@ -38,9 +38,7 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         seed=subject.seed, half=half(options.source),
     )  # fmt: skip
     ids = torch.stack([sample.tokens for sample in corpus.samples])
-    caches = {side: subject.cache(side, options.prompt) for side in SIDES}
-    for cache in caches.values():
-        subject.prefill(cache, ids[:, : options.prompt - 1])
+    caches = subject.both(ids[:, : options.prompt - 1])
     totals = {"full": 0.0, "plan": 0.0, "kl": 0.0, "agreement": 0.0}
     for at in range(options.prompt - 1, ids.shape[1] - 1):
         target = ids[:, at + 1]
