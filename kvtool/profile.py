@@ -6,8 +6,11 @@ What no requested statistic observes is not computed. It knows no statistic by n
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,11 +63,28 @@ def profile(
                 continue
             fresh = {name: type(stat)(model, model.geometry) for name, stat in listeners.items()}
             _observe(model, sample, fresh, costs, raw if kind == "text" else None)
-            for name, stat in listeners.items():
-                stat.merge(fresh[name])
-            done.append(key)
+            with _uninterrupted():  # a sample is in the trace as a whole or not at all
+                for name, stat in listeners.items():
+                    stat.merge(fresh[name])
+                done.append(key)
             progress(kind, sample)
     return costs
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C within the block takes effect at its end (signals reach the main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[object] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
 
 
 def _observe(
@@ -140,7 +160,12 @@ class _Observer(Layer):
         if self.watch.wants("states"):
             rotary = self.model.rotary(self.index)
             table = rotary.table(torch.arange(q.shape[2], device=q.device))
-            self.watch.all("states", States(self.index, q[0], k[0], v[0], call.scale, rotary, table, self.sample))
+            self.watch.all(
+                "states",
+                States(
+                    self.index, q[0], k[0], v[0], call.scale, call.softcap, call.sink_logits, rotary, table, self.sample
+                ),
+            )
         return out
 
     def get_seq_length(self) -> int:

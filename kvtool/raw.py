@@ -92,11 +92,17 @@ class Raw:
 
     def _attention(self, view: States, head: int, end: int) -> torch.Tensor:
         logits = view.q[head, :end].float() @ view.k[head // self.geometry.group, :end].float().T * view.scale
+        if view.softcap is not None:
+            logits = view.softcap * torch.tanh(logits / view.softcap)
         hidden = torch.ones(end, end, dtype=torch.bool, device=logits.device).triu(1)
         window = self.geometry.windows[view.layer]
         if window is not None:
             hidden |= torch.ones_like(hidden).tril(-window)
-        return torch.softmax(logits.masked_fill(hidden, float("-inf")), -1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+        if view.sink_logits is not None:  # its share of the softmax is not written
+            sink = view.sink_logits[head].float().expand(end, 1)
+            return torch.softmax(torch.cat([logits, sink], dim=-1), -1)[:, :-1]
+        return torch.softmax(logits, -1)
 
 
 def span(text: str | None, count: int, what: str) -> list[int]:

@@ -34,6 +34,8 @@ class States:
     k: torch.Tensor
     v: torch.Tensor
     scale: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
     rotary: Rotary
     table: Table | None
     sample: Sample

@@ -19,7 +19,7 @@ def seen(keys: torch.Tensor, values: torch.Tensor):
     sample = Sample(torch.arange(TOKENS), "text")
     for layer in range(LAYERS):
         q = torch.zeros(HEADS, TOKENS, WIDTH)
-        trace["channels"].states(States(layer, q, keys[layer], values[layer], 1.0, NONE, None, sample))
+        trace["channels"].states(States(layer, q, keys[layer], values[layer], 1.0, None, None, NONE, None, sample))
     return trace
 
 
