@@ -70,7 +70,7 @@ def test_counts_come_from_rows():
     columns = torch.zeros(HEADS, 1, tokens)
     columns[:, 0, 0] = 1  # row 0 sees only itself
     columns[0, 0, 0] += 0.5 * (tokens - 1)
-    summary = Summary(columns, columns, columns, columns, columns)
+    summary = Summary(columns, columns, columns, columns, columns, torch.ones(HEADS))
     for layer in range(LAYERS):
         trace["extremes"].rows(Rows(layer, summary, 0, Sample(torch.arange(tokens), "text")))
     trace["extremes"]["sequences"] += 1

@@ -74,7 +74,7 @@ def test_one_hot_heads(llama: Model) -> None:
     nothing = torch.empty(0)
     statistic = Induction(llama, dataclasses.replace(llama.geometry, query_heads=len(weights)))
     sample = Sample(repeated(PERIOD, COPIES), "repeat", period=PERIOD)
-    statistic.rows(Rows(0, Summary(nothing, nothing, nothing, distance, nothing), PERIOD, sample))
+    statistic.rows(Rows(0, Summary(nothing, nothing, nothing, distance, nothing, nothing), PERIOD, sample))
     assert float(statistic["rows"]) == rows
     assert (statistic["echo"][0] / rows).tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
     assert (statistic["induction"][0] / rows).tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]

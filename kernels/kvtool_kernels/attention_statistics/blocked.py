@@ -11,7 +11,8 @@ import torch
 
 from kvtool_kernels.attention_statistics.reference import Summary
 
-ROWS = 64
+ROWS = 64  # rows of a block, at most
+WEIGHTS = 2**18  # weights of a block and query head, about: two such buffers should stay in cache
 HIDDEN = -1e30  # a finite logit whose exponential is 0
 
 
@@ -33,7 +34,7 @@ def attention_statistics(
     group = heads // kv_heads
     dtype = q.dtype
     q, k, v = (q * scale).float(), k.float(), v.float()
-    rows = min(ROWS, tokens)
+    rows = min(ROWS, max(16, WEIGHTS // tokens), tokens)
     new = q.new_zeros
     summary = Summary(
         new(heads, tokens, width),
