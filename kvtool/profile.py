@@ -21,6 +21,7 @@ from kvtool.corpus.base import Corpus, Sample
 from kvtool.files import digest
 from kvtool.model import Attention, Layer, Model
 from kvtool.raw import Raw
+from kvtool.rotary import Table
 from kvtool.statistics._base import Copying, Rows, States, Statistic, Stream
 from kvtool.trace import Trace, statistic
 from kvtool_kernels.attention_statistics.reference import Summary
@@ -141,9 +142,9 @@ class _Clock:
 class _Observer(Layer):
     """One layer of the observed forward pass."""
 
-    def __init__(self, index: int, model: Model, sample: Sample, watch: _Watch):
+    def __init__(self, index: int, model: Model, sample: Sample, watch: _Watch, tables: dict[Any, Table | None]):
         super().__init__()
-        self.index, self.model, self.sample, self.watch = index, model, sample, watch
+        self.index, self.model, self.sample, self.watch, self.tables = index, model, sample, watch, tables
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         first = (self.sample.period or 0) + len(self.sample.tokens) % (self.sample.period or 1)
@@ -159,7 +160,9 @@ class _Observer(Layer):
             out = plain(q, k, v, call)
         if self.watch.wants("states"):
             rotary = self.model.rotary(self.index)
-            table = rotary.table(torch.arange(q.shape[2], device=q.device))
+            if rotary.kind not in self.tables:
+                self.tables[rotary.kind] = rotary.table(torch.arange(q.shape[2], device=q.device))
+            table = self.tables[rotary.kind]
             self.watch.all(
                 "states",
                 States(
@@ -186,7 +189,8 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) ->
 
 
 def _forward(model: Model, sample: Sample, watch: _Watch) -> None:
-    layers: list[Any] = [_Observer(index, model, sample, watch) for index in range(model.geometry.layers)]
+    tables: dict[Any, Table | None] = {}
+    layers: list[Any] = [_Observer(index, model, sample, watch, tables) for index in range(model.geometry.layers)]
     hooks = _stream_hooks(model, watch) if watch.wants("stream") else []
     try:
         model.network.base_model(input_ids=sample.tokens[None].to(model.device), past_key_values=Cache(layers=layers))

@@ -29,6 +29,12 @@ class Rotary:
     interleaved: bool
     doubled: bool = False  # the module gives each angle once (GPT-OSS), not once a channel
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Layers of the same kind have the same tables."""
+        fixed = (*self.args, *self.kwargs.values())
+        return (id(self.module), *(str(value) for value in fixed if not isinstance(value, torch.Tensor)))
+
     def table(self, positions: torch.Tensor) -> Table | None:
         """positions int64 [...] → (cos, sin) fp32 [..., width], scaling factors included."""
         if self.module is None:

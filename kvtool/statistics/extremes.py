@@ -44,16 +44,18 @@ class Extremes(Statistic):
 
     def states(self, view: States) -> None:
         layer, group = view.layer, self.geometry.group
-        values = view.v.float().repeat_interleave(group, 0)
-        norm = ((values @ self._output(layer)) * values).sum(-1).clamp_min(0).sqrt()
+        values = view.v.float()[:, None]  # [K,1,T,D] against [K,G,D,D]
+        pushed = values @ self._output(layer).unflatten(0, (-1, group))
+        norm = torch.linalg.vecdot(pushed, values).clamp_min(0).sqrt().flatten(0, 1)
         self["value_first"][layer] += norm[:, 0]
         self["value_rest"][layer] += norm[:, 1:].mean(-1) if norm.shape[1] > 1 else norm[:, 0]
         keys = view.k.float()
         count = torch.arange(1, keys.shape[1])[:, None]
         others = keys[:, 1:].cumsum(1) / count
-        contrast = (keys[:, :1] - others).repeat_interleave(group, 0)
+        contrast = (keys[:, :1] - others)[:, None]
         if len(count):
-            self["gap"][layer] += view.scale * (view.q[:, 1:].float() * contrast).sum(-1).mean(-1)
+            queries = view.q[:, 1:].float().unflatten(0, (-1, group))
+            self["gap"][layer] += view.scale * torch.linalg.vecdot(queries, contrast).flatten(0, 1).mean(-1)
         if layer == 0:
             self["sequences"] += 1
             self["tokens"] += keys.shape[1]
