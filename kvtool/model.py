@@ -312,7 +312,7 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu") -> Model:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(target.type):
         known = [name for name, there in present.items() if there]
-        raise InputError("no such device here", got=device, expected=" or ".join(known))
+        raise InputError("no such device here", got=device, expected=" or ".join(known), remedy="pass --device cpu")
     source = _locate(name)
     try:
         if source.suffix == ".gguf":

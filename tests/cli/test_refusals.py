@@ -238,7 +238,7 @@ def test_a_model_without_a_tokenizer(model: Path, here: Path) -> None:
 def test_cuda_where_there_is_none(model: Path, here: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    kv("profile", model, "--device", "cuda").refused("no CUDA device", "--device cpu")
+    kv("profile", model, "--device", "cuda").refused("no such device", "--device cpu")
 
 
 def test_an_unforeseen_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
