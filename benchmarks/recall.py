@@ -17,7 +17,8 @@ from kvtool.commands.replay import find
 from kvtool.corpus.passkey import passkey as grid
 from kvtool.methods._base import best, full_attention
 from kvtool.model import Model, load
-from kvtool.plan import Keep, Plan
+from kvtool.plan import Plan
+from kvtool.slots import Keep
 from kvtool.replay.subject import Subject
 from kvtool.replay.tasks import passkey
 

@@ -16,7 +16,7 @@ from kvtool import __version__, files, options, registry
 from kvtool.errors import InputError
 from kvtool.methods._base import Context
 from kvtool.model import Model
-from kvtool.plan import Plan
+from kvtool.plan import SLOTS, Plan, conflicts
 from kvtool.trace import Trace, geometry
 
 
@@ -72,7 +72,10 @@ def calibrate(
         "corpora": trace.corpora if trace is not None else {},
         "facts": decision.facts,
     }
-    return Plan(name, fingerprint, options.record(chosen), provenance, decision.keep, decision.evidence)
+    slots = {slot: getattr(decision, slot) for slot in SLOTS}
+    made = Plan(name, fingerprint, options.record(chosen), provenance, evidence=decision.evidence, **slots)
+    conflicts(made)
+    return made
 
 
 def _checkpoint(state: Path | None, identity: str) -> Callable[[dict[str, torch.Tensor]], None]:

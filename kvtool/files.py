@@ -36,7 +36,7 @@ def write(path: str | Path, header: Header, tensors: Tensors, *, force: bool = F
     Raises InputError when `path` exists and `force` is false, or when the folder cannot be written.
     """
     document = json.dumps({"kvtool": __version__, **header}, sort_keys=True, separators=(",", ":"))
-    payload = save_bytes({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata={"kvtool": document})
+    payload = save_bytes(_apart(tensors), metadata={"kvtool": document})
     if str(path) == "-":
         sys.stdout.buffer.write(payload)
         sys.stdout.buffer.flush()
@@ -44,6 +44,17 @@ def write(path: str | Path, header: Header, tensors: Tensors, *, force: bool = F
     check_output(path, force=force)
     replace(Path(path), payload)
     return str(path)
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """The same tensors, contiguous, none sharing memory with another: safetensors refuses what does."""
+    seen: set[int] = set()
+    made = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        made[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return made
 
 
 def check_output(path: str | Path, *, force: bool = False) -> None:

@@ -65,6 +65,7 @@ class Attention:
     sink_logits: torch.Tensor | None  # [H], one learned logit a head that takes part in the softmax (GPT-OSS)
     window: int | None
     padding: torch.Tensor | None  # bool [B, tokens seen + T], False where the batch is left-padded
+    positions: torch.Tensor | None = None  # int64 [B|1,T], what RoPE was given, if the model passes it on
 
 
 class Layer(CacheLayerMixin):
@@ -107,6 +108,7 @@ def _attention(module: nn.Module, query, key, value, attention_mask, scaling=Non
         sink_logits=kwargs.get("s_aux"),
         window=kwargs.get("sliding_window"),
         padding=attention_mask,
+        positions=kwargs.get("position_ids"),
     )
     return layer.attend(query, key, value, call).transpose(1, 2).contiguous(), None
 

@@ -3,63 +3,24 @@
     keep   which entries stay                store  how an entry is encoded
     read   which entries a query touches     draft  whether the cache only proposes
 
-So far `keep` is: per KV head, everything, or sinks and a recent window, with or without a compensation entry.
-
-A slot that is None is lossless. Every plan carries its evidence (the scores that led to it), the fingerprint of
-the model it was made for, and how it was made. It knows no method by name and no cache.
+The vocabulary of the slots is in `slots.py`. A slot that is None is lossless. Every plan carries its evidence (the
+scores that led to it), the fingerprint of the model it was made for, and how it was made. It knows no method by name
+and no cache.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from kvtool import files
+from kvtool import files, records
 from kvtool.errors import InputError
+from kvtool.slots import Draft, Keep, Read, Store
 
-SCHEMA = 1
-EVERYTHING = -1  # in `Keep.recent`: the head keeps every entry
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Sinks and a recent window per KV head.
-
-    sink, recent: int32 [L,K] entries; recent counts the query's own entry; EVERYTHING keeps all.
-    compensate: uint8 [L,K]; 1 folds dropped entries into one averaged entry of weight N (RazorAttention, section 3.3).
-    recent_ratio: the window is max(recent, recent_ratio · prompt length).
-    position: "original", or "reindex" for positions counted inside the cache (StreamingLLM, section 3.2).
-    """
-
-    sink: torch.Tensor
-    recent: torch.Tensor
-    compensate: torch.Tensor
-    recent_ratio: float = 0.0
-    position: Literal["original", "reindex"] = "original"
-
-    @classmethod
-    def heads(cls, full: torch.Tensor, *, sink: int, recent: int, compensate: bool = False, **options: Any) -> Keep:
-        """full bool [L,K]: those heads keep everything, the others `sink` + `recent` entries."""
-        if sink < 0 or recent < 1:
-            raise InputError("bad window", got=f"sink {sink}, recent {recent}", expected="sink >= 0 and recent >= 1")
-        full = full.bool()
-        return cls(
-            sink=torch.where(full, 0, sink).int(),
-            recent=torch.where(full, EVERYTHING, recent).int(),
-            compensate=(~full & compensate).to(torch.uint8),
-            **options,
-        )
-
-    @property
-    def full(self) -> torch.Tensor:
-        """bool [L,K]: heads that keep everything."""
-        return self.recent == EVERYTHING
-
-    @property
-    def lossless(self) -> bool:
-        return bool(self.full.all())
+SCHEMA = 2
+SLOTS = ("keep", "store", "read", "draft")
 
 
 @dataclass(frozen=True)
@@ -72,11 +33,15 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict)
     keep: Keep | None = None
     evidence: dict[str, torch.Tensor] = field(default_factory=dict)
+    store: Store | None = None
+    read: Read | None = None
+    draft: Draft | None = None
 
     @property
     def slots(self) -> dict[str, bool]:
-        """Slot name → is it filled with something lossy?"""
-        return {"keep": self.keep is not None and not self.keep.lossless, "store": False, "read": False, "draft": False}
+        """Slot name → is it filled with something that changes what the cache holds, reads or answers?"""
+        filled = {name: getattr(self, name) for name in SLOTS}
+        return {name: slot is not None and not slot.lossless for name, slot in filled.items()}
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise InputError unless the plan was made for the model with this fingerprint."""
@@ -91,7 +56,7 @@ class Plan:
 
     def write(self, path: str, *, force: bool = False) -> str:
         """Write the plan; returns the path."""
-        keep = self.keep
+        tensors = {f"evidence.{name}": array for name, array in self.evidence.items()}
         header = {
             "kind": "plan",
             "schema": SCHEMA,
@@ -99,16 +64,8 @@ class Plan:
             "options": self.options,
             "model": self.model,
             "provenance": self.provenance,
-            "slots": {
-                "keep": keep and {"recent_ratio": keep.recent_ratio, "position": keep.position},
-                "store": None,
-                "read": None,
-                "draft": None,
-            },
+            "slots": {name: records.dump(getattr(self, name), name, tensors) for name in SLOTS},
         }
-        tensors = {f"evidence.{name}": array for name, array in self.evidence.items()}
-        if keep is not None:
-            tensors |= {"keep.sink": keep.sink, "keep.recent": keep.recent, "keep.compensate": keep.compensate}
         return files.write(path, header, tensors, force=force)
 
 
@@ -116,34 +73,79 @@ def read(path: str) -> Plan:
     """Read a plan; raises InputError for anything that is not a whole plan of this schema."""
     header, tensors = files.read(path, kind="plan", schema=SCHEMA)
     try:
-        slot = header["slots"]["keep"]
-        keep = slot and Keep(tensors["keep.sink"], tensors["keep.recent"], tensors["keep.compensate"], **slot)
+        slots = {name: records.load(header["slots"][name], tensors) for name in SLOTS}
+        for name, kind in zip(SLOTS, (Keep, Store, Read, Draft), strict=True):
+            if not isinstance(slots[name], kind | None):
+                raise TypeError(f"proper {name}")
+        evidence = {
+            name.removeprefix("evidence."): array for name, array in tensors.items() if name.startswith("evidence.")
+        }
         return Plan(
-            header["method"], header["model"], header["options"], header["provenance"], keep,
-            {name.removeprefix("evidence."): array for name, array in tensors.items() if name.startswith("evidence.")},
-        )  # fmt: skip
-    except (KeyError, TypeError) as error:
+            header["method"], header["model"], header["options"], header["provenance"], evidence=evidence, **slots
+        )
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is a damaged plan", got=f"no {error}") from error
 
 
-def compose(first: Plan, second: Plan) -> Plan:
-    """One plan with the filled slots of both; raises InputError when both fill the same slot."""
-    second.check(first.model)
-    clash = [slot for slot, filled in first.slots.items() if filled and second.slots[slot]]
-    if clash:
-        raise InputError(f"both plans fill the slot {clash[0]!r}", got=f"{first.method} and {second.method}")
-    names = [first.method, second.method + (" (2)" if second.method == first.method else "")]
-    lossy = [plan for plan in (first, second) if any(plan.slots.values())]
-    keeper = next((plan for plan in lossy if plan.slots["keep"]), first)
-    return replace(
+def compose(*plans: Plan) -> Plan:
+    """One plan with the filled slots of all; raises InputError when two fill the same slot or cannot live together."""
+    first = plans[0]
+    for other in plans[1:]:
+        other.check(first.model)
+    owners: dict[str, Plan] = {}
+    for plan in plans:
+        for slot in (slot for slot, filled in plan.slots.items() if filled):
+            if slot in owners:
+                raise InputError(
+                    f"two plans fill the slot {slot!r}", got=f"{owners[slot].method} and {plan.method}",
+                    remedy="compose plans that fill different slots",
+                )  # fmt: skip
+            owners[slot] = plan
+    lossy = [plan for plan in plans if any(plan.slots.values())]
+    names = _names(plans)
+    made = replace(
         first,
         method=" + ".join(plan.method for plan in lossy) or first.method,
-        options={names[0]: first.options, names[1]: second.options},
-        provenance={"composed": [first.provenance, second.provenance]},
-        keep=keeper.keep,
+        options={name: plan.options for name, plan in zip(names, plans, strict=True)},
+        provenance={"composed": [plan.provenance for plan in plans]},
         evidence={
-            f"{label}.{name}": array
-            for label, plan in zip(names, (first, second), strict=True)
-            for name, array in plan.evidence.items()
+            f"{name}.{key}": array
+            for name, plan in zip(names, plans, strict=True)
+            for key, array in plan.evidence.items()
         },
+        **{slot: getattr(owners.get(slot, first), slot) for slot in SLOTS},
     )
+    conflicts(made)
+    return made
+
+
+def conflicts(plan: Plan) -> None:
+    """Raise InputError when the slots of a plan contradict one another."""
+    if plan.store is None or plan.keep is None:
+        return
+    keep, store = plan.keep, plan.store
+    layers, kv_heads = store.index.shape
+    for layer in range(layers):
+        for number in store.index[layer].unique().tolist():
+            if number < 0:
+                continue
+            for side, encoding in (("keys", store.keys[number]), ("values", store.values[number])):
+                if encoding.joined > 1 and keep.ragged(layer):
+                    raise InputError(
+                        f"layer {layer}: {side} are stored across KV heads, but each head keeps entries of its own",
+                        remedy="compose with a plan that keeps the same entries in every head, or stores heads apart",
+                    )
+    if keep.select is not None and keep.select.when == "step" and plan.slots["store"]:
+        raise InputError(
+            "entries are evicted one by one at every step, but they are stored in blocks that are never written again",
+            remedy="compose with a plan that evicts once, after the prompt",
+        )
+
+
+def _names(plans: tuple[Plan, ...]) -> list[str]:
+    """Method names, made distinct."""
+    names: list[str] = []
+    for plan in plans:
+        count = sum(name.split(" (")[0] == plan.method for name in names)
+        names.append(plan.method if not count else f"{plan.method} ({count + 1})")
+    return names

@@ -53,7 +53,7 @@ class Rotary:
         if table is None:
             return x
         cos, sin = table
-        head, rest = x[..., : self.width].float(), x[..., self.width :]
+        head, rest = _wide(x[..., : self.width]), x[..., self.width :]
         return torch.cat([(head * cos + self._quarter(head) * sin).to(x.dtype), rest], dim=-1)
 
     def unrotate(self, x: torch.Tensor, table: Table | None) -> torch.Tensor:
@@ -61,7 +61,7 @@ class Rotary:
         if table is None:
             return x
         cos, sin = table
-        head, rest = x[..., : self.width].float(), x[..., self.width :]
+        head, rest = _wide(x[..., : self.width]), x[..., self.width :]
         head = (head * cos - self._quarter(head) * sin) / (cos.square() + sin.square())
         return torch.cat([head.to(x.dtype), rest], dim=-1)
 
@@ -78,6 +78,11 @@ class Rotary:
             return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
         a, b = x.chunk(2, dim=-1)
         return torch.cat([-b, a], dim=-1)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Arithmetic is fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _over_heads(table: Table) -> Table:

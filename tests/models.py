@@ -229,6 +229,15 @@ def induction_model() -> Model:
     return Model(network, None, "induction")
 
 
+@functools.cache
+def double(name: str) -> Model:
+    """A shared tiny model in fp64. Codes jump where a number crosses a rounding border; two ways to compute the same
+    numbers must agree far beyond fp32 for their codes to agree on every machine."""
+    model = build(name)
+    model.network.to(torch.float64)
+    return model
+
+
 def repeated(period: int, copies: int, seed: int = 0) -> torch.Tensor:
     """int64 [period·copies]: a random sequence of distinct tokens (never 0), again and again."""
     order = torch.randperm(VOCABULARY - 1, generator=torch.Generator().manual_seed(seed)) + 1

@@ -18,7 +18,8 @@ from kvtool import files, options, registry
 from kvtool.cli import app
 from kvtool.corpus import registry as corpora
 from kvtool.model import Geometry
-from kvtool.plan import Keep, Plan
+from kvtool.plan import Plan
+from kvtool.slots import Keep
 from kvtool.statistics._base import Statistic
 from kvtool.trace import statistic
 from kvtool_kernels import ops

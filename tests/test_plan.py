@@ -9,18 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool import files, plan
+from kvtool import files, plan, records
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.encoding.codecs import Affine
+from kvtool.encoding.encoding import Encoding
+from kvtool.encoding.residuals import Outliers
+from kvtool.encoding.transforms import Scale
 from kvtool.errors import InputError
 from kvtool.model import Model
-from kvtool.plan import EVERYTHING, Keep, Plan, compose
+from kvtool.plan import Plan, compose
+from kvtool.slots import EVERYTHING, Draft, Keep, Read, Select, Store
 from tests import models
 from tests.laws.methods import LOSSLESS, TINY, lossless, tiny
 from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
 
-GOLDEN = "ad5632985d61bccb38568ac560146c1eff50fa0b46e1ec5419b32d9819543301"
+GOLDEN = ""
 
 
 def small() -> Plan:
@@ -32,11 +37,16 @@ def small() -> Plan:
         compensate=True,
         recent_ratio=0.25,
         position="reindex",
+        select=Select(torch.tensor([[0.5, 0.25], [0.125, 64.0]]), score="attention", kernel=5, spread="layer"),
     )
+    key = Encoding(Affine(2, 32, "token"), (Scale(torch.tensor([[2.0, 0.5]])),), Outliers(1, "token", 32), rotated=False)
+    store = Store((key,), (Encoding(),), torch.tensor([[0, -1], [-1, 0]]).int(), sink=4, recent=32)
     fingerprint = {"architecture": "none", "layers": 2, "kv_heads": 2, "windows": [None, 8], "weights": "0123"}
+    evidence = {"score": torch.tensor([[1.0, 0.5], [0.25, 0.0]])}
     return Plan(
-        "small", fingerprint, {"share": 0.5}, {"seed": 1}, keep, {"score": torch.tensor([[1.0, 0.5], [0.25, 0.0]])}
-    )
+        "small", fingerprint, {"share": 0.5}, {"seed": 1}, keep, evidence,
+        store=store, read=Read(torch.tensor([0.25, 1.0])), draft=Draft(3),
+    )  # fmt: skip
 
 
 def equal(first: Plan, second: Plan) -> None:
@@ -45,11 +55,13 @@ def equal(first: Plan, second: Plan) -> None:
     assert first.evidence.keys() == second.evidence.keys()
     for name, array in first.evidence.items():
         same(second.evidence[name], array)
-    assert (first.keep is None) == (second.keep is None)
-    if first.keep is not None and second.keep is not None:
-        assert (first.keep.recent_ratio, first.keep.position) == (second.keep.recent_ratio, second.keep.position)
-        for name in ("sink", "recent", "compensate"):
-            same(getattr(second.keep, name), getattr(first.keep, name))
+    for slot in plan.SLOTS:
+        held: list[dict[str, torch.Tensor]] = [{}, {}]
+        documents = [records.dump(getattr(p, slot), slot, t) for p, t in zip((first, second), held, strict=True)]
+        assert documents[0] == documents[1]
+        assert held[0].keys() == held[1].keys()
+        for name, tensor in held[0].items():
+            same(held[1][name], tensor)
 
 
 @pytest.mark.parametrize("case", [*TINY, *LOSSLESS])
@@ -70,7 +82,7 @@ def test_round_trip_of_every_field(tmp_path: Path) -> None:
 def test_the_bytes_are_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change here is a change of the format: raise `plan.SCHEMA` and say so in the changelog."""
     monkeypatch.setattr(files, "__version__", "0")
-    assert plan.SCHEMA == 1
+    assert plan.SCHEMA == 2
     payload = Path(small().write(str(tmp_path / "plan"))).read_bytes()
     assert hashlib.sha256(payload).hexdigest() == GOLDEN
 
@@ -79,8 +91,8 @@ def test_another_kind_and_schema(tmp_path: Path) -> None:
     files.write(tmp_path / "trace", {"kind": "trace", "schema": 1}, {})
     with pytest.raises(InputError, match="got a trace, expected a plan"):
         plan.read(str(tmp_path / "trace"))
-    files.write(tmp_path / "later", {"kind": "plan", "schema": 2}, {})
-    with pytest.raises(InputError, match="got 2, expected 1"):
+    files.write(tmp_path / "later", {"kind": "plan", "schema": 3}, {})
+    with pytest.raises(InputError, match="got 3, expected 2"):
         plan.read(str(tmp_path / "later"))
 
 

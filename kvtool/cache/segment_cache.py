@@ -4,79 +4,169 @@
         model.network.generate(ids, past_key_values=SegmentCache(model, plan))
 
 Each layer holds lanes (see `lane.py`); a query's attention is computed lane by lane, since heads are independent,
-and segment by segment inside a lane, by merging. It knows plans, not methods.
+and segment by segment inside a lane, by merging. Rows of a batch with different left padding have lanes of their own,
+so that what is held never contains padding. It knows plans, not methods.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from transformers.cache_utils import Cache
 
-from kvtool.cache.lane import Full, Lane, Step, Window
+from kvtool.cache.build import lanes, per_row
+from kvtool.cache.lane import Lane, Step
+from kvtool.cache.selection import select
 from kvtool.errors import InputError
 from kvtool.model import Attention, Layer, Model
-from kvtool.plan import EVERYTHING, Keep, Plan
+from kvtool.plan import Plan, conflicts
 
 Protocol = Literal["official", "strict"]
 
 
-class SegmentLayer(Layer):
-    """One layer's lanes. `columns` counts tokens fed, padding included."""
+class Part:
+    """Rows of the batch that are fed alike: `rows` in the batch, left padding, and their lanes."""
 
-    def __init__(self, lanes: list[Lane], *, strict: bool):
-        super().__init__()
-        self.lanes, self.strict, self.columns = lanes, strict, 0
+    def __init__(self, rows: list[int], padding: int, lanes: list[Lane]):
+        self.rows, self.padding, self.lanes, self.fed, self.origin = rows, padding, lanes, 0, 0
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        padding = None
-        if call.padding is not None:
-            seen = call.padding.bool()
-            if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
-                raise InputError("the attention mask hides tokens elsewhere than on the left", remedy="pad on the left")
-            padding = (~seen).sum(1)
-        step = Step(self.columns, call.scale, call.softcap, padding, self.strict)
-        self.columns += k.shape[2]
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step):
+        """As `Lane.step`, for all heads of the layer."""
+        self.fed += k.shape[2]
         if len(self.lanes) == 1:
-            out, lse = self.lanes[0].step(q, k, v, step)
-        else:
-            out, lse = self._by_lane(q, k, v, step)
-        if call.sink_logits is not None:  # a learned logit with value 0 takes part in the softmax
-            share = torch.sigmoid(lse - call.sink_logits.float()[None, :, None])
-            out = (out * share[..., None]).to(q.dtype)
-        return out
+            return self.lanes[0].step(q, k, v, step)
+        return self._by_lane(q, lambda lane, part: lane.step(part, k[:, lane.heads], v[:, lane.heads], step))
 
-    def _by_lane(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step):
+    def peek(self, q: torch.Tensor, step: Step):
+        """As `Lane.peek`, for all heads of the layer."""
+        return self._by_lane(q, lambda lane, part: lane.peek(part, step))
+
+    def _by_lane(self, q: torch.Tensor, work: Callable[[Lane, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]):
         batch, heads, tokens, width = q.shape
-        kv_heads = k.shape[1]
+        kv_heads = sum(len(lane.heads) for lane in self.lanes)
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, tokens, width)
         out = torch.empty_like(grouped)
-        lse = torch.empty(grouped.shape[:-1], device=q.device)
+        lse = q.new_empty(grouped.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
         for lane in self.lanes:
-            part, part_lse = lane.step(grouped[:, lane.heads].flatten(1, 2), k[:, lane.heads], v[:, lane.heads], step)
+            part, part_lse = work(lane, grouped[:, lane.heads].flatten(1, 2))
             shape = (batch, len(lane.heads), heads // kv_heads, tokens)
             out[:, lane.heads], lse[:, lane.heads] = part.reshape(*shape, width), part_lse.reshape(shape)
         return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+class SegmentLayer(Layer):
+    """One layer's lanes, part by part. `columns` counts tokens fed, padding included."""
+
+    def __init__(self, make: Callable[[], list[Lane]], *, strict: bool, by_row: bool, finish: Callable[[], None]):
+        super().__init__()
+        self.make, self.strict, self.by_row, self.finish = make, strict, by_row, finish
+        self.parts: list[Part] = []
+        self.columns = 0
+        self.scale, self.softcap = 1.0, None
+        self.record = 0  # how many of the newest queries to keep for caches that adopt this one; −1 all
+        self.queries: list[torch.Tensor] = []
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
+        self.scale, self.softcap = call.scale, call.softcap
+        if sum(len(part.rows) for part in self.parts) < len(q):
+            self._admit(len(q), self.columns + q.shape[2], call)
+        if q.shape[2] == 1 and self.columns:
+            self.finish()
+        if self.record:
+            self._remember(q)
+        start, self.columns = self.columns, self.columns + k.shape[2]
+        if len(self.parts) == 1 and self.parts[0].rows == list(range(len(q))) and not self.parts[0].padding:
+            out, lse = self.parts[0].step(q, k, v, self._step(self.parts[0]))
+        else:
+            out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+            for part in self.parts:
+                skip = max(0, part.padding - start)
+                if skip < q.shape[2]:
+                    x, y = part.step(*(t[part.rows, :, skip:] for t in (q, k, v)), self._step(part))
+                    out[part.rows, :, skip:], lse[part.rows, :, skip:] = x, y
+        if call.sink_logits is not None:  # a learned logit with value 0 takes part in the softmax
+            share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
+            out = (out * share[..., None]).to(q.dtype)
+        return out
+
+    def _step(self, part: Part) -> Step:
+        return Step(part.fed, self.scale, self.softcap, self.strict, part.origin)
+
+    def _admit(self, batch: int, end: int, call: Attention | None = None) -> None:
+        """Give rows whose first token has come a part: rows with equal padding share one, unless `by_row`."""
+        waiting = [row for row in range(batch) if all(row not in part.rows for part in self.parts)]
+        padding, places = [0] * batch, None
+        if call is not None and call.padding is not None:
+            seen = call.padding.bool()
+            if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+                raise InputError("the attention mask hides tokens elsewhere than on the left", remedy="pad on the left")
+            padding = (~seen).sum(1).tolist()
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row in waiting:
+            if padding[row] < end:
+                groups.setdefault((padding[row], row if self.by_row else 0), []).append(row)
+        if call is not None and call.positions is not None:
+            places = call.positions.expand(batch, -1)
+        for (pad, _), rows in groups.items():
+            part = Part(rows, pad, self.make())
+            part.origin = 0 if places is None else int(places[rows[0], max(0, pad - self.columns)])
+            self.parts.append(part)
+
+    def _remember(self, q: torch.Tensor) -> None:
+        """Keep the newest queries; the last chunk may bring more than are asked for."""
+        self.queries.append(q if self.record < 0 else q[:, :, -self.record :])
+        while self.record > 0 and sum(x.shape[2] for x in self.queries[1:]) >= self.record:
+            self.queries.pop(0)
 
     def get_seq_length(self) -> int:
         return self.columns
 
     def adopt(self, other: SegmentLayer) -> None:
         """Take over what `other`, one lane of all heads without padding, holds, as if it had been fed here."""
-        k, v, first = other.lanes[0].recall(other.columns)
-        for lane in self.lanes:
-            lane.absorb(k[:, lane.heads], v[:, lane.heads], Step(first, 1.0, None, None, self.strict))
+        (theirs,) = other.parts[0].lanes
+        k, v, first = theirs.recall()
+        self._admit(len(k), other.columns)
+        self.scale, self.softcap = other.scale, other.softcap
+        for part in self.parts:
+            part.origin = other.parts[0].origin
+            for lane in part.lanes:
+                now = Step(first, 1.0, origin=part.origin)
+                lane.absorb(k[part.rows][:, lane.heads], v[part.rows][:, lane.heads], now)
+                selector = getattr(lane, "selector", None)
+                if selector is not None:
+                    q = torch.cat(other.queries, dim=2)[part.rows]
+                    grouped = q.unflatten(1, (k.shape[1], -1))[:, lane.heads].flatten(1, 2)
+                    selector.observe(grouped, other.columns - q.shape[2])
+            part.fed = other.columns
         self.columns = other.columns
 
+    def lanes(self) -> Iterator[Lane]:
+        """All lanes of all parts."""
+        return (lane for part in self.parts for lane in part.lanes)
+
     def reset(self) -> None:
-        self.columns = 0
-        for lane in self.lanes:
-            lane.clear()
+        self.columns, self.parts, self.queries = 0, [], []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        for lane in self.lanes:
-            lane.reorder(beam_idx)
+        self._take(beam_idx)
+
+    def _take(self, indices: torch.Tensor) -> None:
+        """Rows of the batch become these rows of it; a row stays with the part it came from."""
+        sources = indices.tolist()
+        for part in self.parts:
+            rows = [at for at, source in enumerate(sources) if source in part.rows]
+            local = torch.tensor([part.rows.index(sources[at]) for at in rows], dtype=torch.long)
+            for lane in part.lanes:
+                lane.reorder(local)
+            part.rows = rows
+        self.parts = [part for part in self.parts if part.rows]
+        if self.by_row and any(len(part.rows) > 1 for part in self.parts):
+            raise InputError(
+                "rows of this plan's cache hold different entries and cannot be repeated",
+                remedy="use one beam, or a plan whose budget does not depend on the prompt",
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Overwritten entries cannot come back."""
@@ -85,23 +175,20 @@ class SegmentLayer(Layer):
         )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        for lane in self.lanes:
-            lane.reorder(indices)
+        self._take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for lane in self.lanes:
-            batch = next(lane.buffers()).shape[0]
-            lane.reorder(torch.arange(batch).repeat_interleave(repeats))
+        self._take(torch.arange(sum(len(part.rows) for part in self.parts)).repeat_interleave(repeats))
 
 
 class SegmentCache(Cache):
     """A fresh cache for one batch.
 
-    plan None is the full cache. `protocol` says what windowed heads see in prefill: what they hold and the whole
-    chunk ("official", as DuoAttention is published: a prompt fed at once is seen whole) or their window only
-    ("strict", in which chunked prefill, prefill at once and decode are all the same function). Decode is windowed
-    either way. `prompt_length` (tokens) resolves windows that are a share of the prompt; raises InputError if a
-    plan needs it and it is missing.
+    plan None is the full cache. `protocol` says what prefill sees: all of its own chunk, compressed only afterwards
+    ("official", as most methods are published: a prompt fed at once is seen whole), or at each token what decode would
+    see there ("strict", in which chunked prefill, prefill at once and decode are all the same function, as long as no
+    score selects entries). Decode is compressed either way. `prompt_length` (tokens) resolves windows that are a share
+    of the prompt; raises InputError if a plan needs it and it is missing.
     """
 
     def __init__(
@@ -115,19 +202,41 @@ class SegmentCache(Cache):
         if protocol not in ("official", "strict"):
             raise InputError("unknown protocol", got=protocol, expected="official or strict")
         self.protocol: Protocol = protocol
-        geometry = model.geometry
-        keep = plan.keep if plan is not None else None
+        self.plan = plan
         if plan is not None:
             plan.check(model.fingerprint)
-        if keep is not None and keep.recent_ratio and prompt_length is None:
-            raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
-        layers = []
-        for index in range(geometry.layers):
-            window = geometry.windows[index]
-            lanes = _lanes(model, keep, index, window, prompt_length or 0)
-            layers.append(SegmentLayer(lanes, strict=protocol == "strict"))
+            conflicts(plan)
+            if plan.keep is not None and plan.keep.recent_ratio and prompt_length is None:
+                raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
+        self.finished = plan is None or plan.keep is None or plan.keep.select is None
+        layers = [
+            SegmentLayer(
+                lambda index=index: lanes(model, plan, index, prompt_length or 0),  # type: ignore[misc]
+                strict=protocol == "strict",
+                by_row=per_row(plan),
+                finish=self.finish,
+            )
+            for index in range(model.geometry.layers)
+        ]
         self.segments = layers
         super().__init__(layers=list(layers))
+
+    def finish(self) -> None:
+        """The prompt is in: what a score selects is selected now, and the rest is freed. The first decode step calls
+        this too."""
+        if self.finished:
+            return
+        self.finished = True
+        assert self.plan is not None
+        assert self.plan.keep is not None
+        assert self.plan.keep.select is not None
+        select(self.plan.keep.select, self.segments)
+
+    def record_for(self, plan: Plan) -> None:
+        """Keep the queries that a cache of `plan` needs to adopt this one."""
+        spec = plan.keep.select if plan.keep is not None else None
+        for layer in self.segments:
+            layer.record = 0 if spec is None else spec.observed if spec.observe == "last" else -1
 
     def adopt(self, full: SegmentCache) -> None:
         """Start from a prompt (unpadded) that the full cache `full` was fed at once.
@@ -138,6 +247,7 @@ class SegmentCache(Cache):
             raise InputError("a strict cache must see its own prefill")
         for mine, theirs in zip(self.segments, full.segments, strict=True):
             mine.adopt(theirs)
+        self.finish()
 
     @property
     def nbytes(self) -> int:
@@ -147,55 +257,22 @@ class SegmentCache(Cache):
     @property
     def read_bytes(self) -> int:
         """Bytes of keys and values that one decode step reads."""
-        total = 0
-        for layer in self.segments:
-            for lane in layer.lanes:
-                buffers = list(lane.buffers())
-                if buffers:
-                    batch, kv_heads, _, width = buffers[0].shape
-                    total += 2 * batch * kv_heads * width * buffers[0].element_size() * lane.entries(layer.columns)
-        return total
+        return sum(lane.read_bytes() for lane in self._all())
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes brought from slower memory so far: everything is resident here."""
-        return 0
+        """Bytes brought from slower memory so far."""
+        return sum(lane.moved_bytes() for lane in self._all())
 
     def entries(self) -> torch.Tensor:
-        """Entries that a decode step reads, int64 [L,K]."""
+        """Entries held that a query may see, int64 [L,K]; of the batch's first row."""
         rows = []
         for layer in self.segments:
-            row = {head: lane.entries(layer.columns) for lane in layer.lanes for head in lane.heads}
+            row = {
+                head: lane.entries() for lane in (layer.parts[0].lanes if layer.parts else []) for head in lane.heads
+            }
             rows.append([row[head] for head in sorted(row)])
         return torch.tensor(rows)
 
-    def _all(self):
-        return (lane for layer in self.segments for lane in layer.lanes)
-
-
-def _lanes(model: Model, keep: Keep | None, layer: int, window: int | None, prompt_length: int) -> list[Lane]:
-    """KV heads with the same policy share a lane."""
-    policies: dict[tuple[int, int, bool], list[int]] = {}
-    for head in range(model.geometry.kv_heads):
-        policy = (0, EVERYTHING, False)
-        if keep is not None and int(keep.recent[layer, head]) != EVERYTHING:
-            recent = max(int(keep.recent[layer, head]), round(keep.recent_ratio * prompt_length))
-            policy = (int(keep.sink[layer, head]), recent, bool(keep.compensate[layer, head]))
-        policies.setdefault(policy, []).append(head)
-    lanes: list[Lane] = []
-    for (sink, recent, compensate), heads in policies.items():
-        if recent == EVERYTHING and window is None:
-            lanes.append(Full(heads))
-            continue
-        assert window is not None or recent != EVERYTHING
-        lanes.append(
-            Window(
-                heads,
-                sink=sink,
-                recent=window if recent == EVERYTHING and window is not None else recent,
-                compensate=compensate,
-                reindex=model.rotary(layer) if keep is not None and keep.position == "reindex" else None,
-                model_window=window,
-            )
-        )
-    return lanes
+    def _all(self) -> Iterator[Lane]:
+        return (lane for layer in self.segments for lane in layer.lanes())

@@ -12,7 +12,7 @@ import torch
 
 from kvtool.errors import InputError
 from kvtool.model import Geometry, Model
-from kvtool.plan import Keep
+from kvtool.slots import Draft, Keep, Read, Store
 from kvtool.trace import Trace
 
 
@@ -41,6 +41,9 @@ class Decision:
     keep: Keep | None = None
     evidence: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    store: Store | None = None
+    read: Read | None = None
+    draft: Draft | None = None
 
 
 def per_kv_head(scores: torch.Tensor, kv_heads: int, how: str = "max") -> torch.Tensor:

@@ -30,7 +30,7 @@ from kvtool.corpus.haystack import Haystack
 from kvtool.corpus.passkey import multi_passkey
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, best, full_attention, share
-from kvtool.plan import Keep
+from kvtool.slots import Keep
 
 STATISTICS = ()
 MODEL = True

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtool.methods._base import Context, Decision, best, full_attention, per_kv_head, share
-from kvtool.plan import Keep
+from kvtool.slots import Keep
 
 STATISTICS = ("induction",)
 MODEL = False

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from kvtool.methods._base import Context, Decision
-from kvtool.plan import Keep
+from kvtool.slots import Keep
 
 STATISTICS = ()
 MODEL = False

@@ -43,6 +43,7 @@ class Subject:
             for start in range(0, tokens.shape[1], size):
                 piece = tokens[:, start : start + size].to(self.model.device)
                 self.model.network.base_model(input_ids=piece, past_key_values=cache)
+        cache.finish()
 
     def step(self, cache: SegmentCache, tokens: torch.Tensor) -> torch.Tensor:
         """One decode step: tokens int64 [B,1] → logits fp32 [B,V]."""
@@ -53,6 +54,7 @@ class Subject:
     def both(self, prompts: torch.Tensor) -> dict[str, SegmentCache]:
         """Both sides' caches after prompts int64 [B,T]. A dense prefill is the same for both, so it is run once."""
         caches = {side: self.cache(side, prompts.shape[1]) for side in SIDES}
+        caches["full"].record_for(self.plan)
         self.prefill(caches["full"], prompts)
         if self.protocol == "official" and not self.chunk:
             caches["plan"].adopt(caches["full"])

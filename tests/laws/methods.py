@@ -14,7 +14,8 @@ import torch
 from kvtool.calibrate import calibrate, method
 from kvtool.methods._base import full_attention
 from kvtool.model import Model
-from kvtool.plan import EVERYTHING, Keep, Plan
+from kvtool.plan import Plan
+from kvtool.slots import EVERYTHING, Keep
 from kvtool.profile import profile
 from kvtool.trace import Trace, statistic
 from tests import models

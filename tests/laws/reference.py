@@ -16,7 +16,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvtool.model import Model
-from kvtool.plan import EVERYTHING, Plan
+from kvtool.plan import Plan
+from kvtool.slots import EVERYTHING
 
 NAME = "dense-reference"
 
@@ -76,6 +77,7 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
     window, softcap, sink_logits = kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")
     keep = run.plan.keep if run.plan is not None else None
     out = torch.empty_like(query)
+    coded = _coded(module, run, key, value) if run.plan is not None and run.plan.store is not None else {}
     for head in range(key.shape[1]):
         heads = slice(head * group, (head + 1) * group)
         sink, recent, compensate = 0, EVERYTHING, False
@@ -92,35 +94,92 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
             nearest = max(first, 0 if window is None else row - window + 1)
             seen = [j for j in range(row + 1) if j < sink or j >= nearest]
             dropped = list(range(sink, first))
-            q, k, v = query[:, heads, row : row + 1], key[:, head : head + 1, seen], value[0, head, seen].float()
+            k_row, v_row = key[:, head : head + 1], value[:, head : head + 1]
+            if head in coded and everything:
+                k_row, v_row = _as_seen(run, row, (k_row, v_row), coded[head])
+            q, k, v = query[:, heads, row : row + 1], k_row[:, :, seen], _wide(v_row[0, 0, seen])
             if keep is not None and keep.position == "reindex" and dropped:
                 place = torch.tensor([j if j < sink else j - len(dropped) for j in seen])
                 q_turned = _moved(module, run, q, torch.tensor([row]), torch.tensor([row - len(dropped)]))
-                logits = q_turned[0, :, 0].float() @ _moved(module, run, k, torch.tensor(seen), place)[0, 0].float().T
+                logits = _wide(q_turned[0, :, 0]) @ _wide(_moved(module, run, k, torch.tensor(seen), place)[0, 0]).T
             else:
-                logits = q[0, :, 0].float() @ k[0, 0].float().T
+                logits = _wide(q[0, :, 0]) @ _wide(k[0, 0]).T
             if compensate and dropped:
-                mean = key[0, head, dropped].float().mean(0)
-                logits = torch.cat([logits, (q[0, :, 0].float() @ mean)[:, None]], dim=1)
-                v = torch.cat([v, value[0, head, dropped].float().mean(0)[None]])
+                mean = _wide(key[0, head, dropped]).mean(0)
+                logits = torch.cat([logits, (_wide(q[0, :, 0]) @ mean)[:, None]], dim=1)
+                v = torch.cat([v, _wide(value[0, head, dropped]).mean(0)[None]])
             logits = logits * scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             if compensate and dropped:
                 logits[:, -1] += torch.tensor(float(len(dropped))).log()
             if sink_logits is not None:
-                logits = torch.cat([logits, sink_logits[heads, None].float()], dim=1)
+                logits = torch.cat([logits, _wide(sink_logits[heads, None])], dim=1)
             out[0, heads, row] = (torch.softmax(logits, dim=1)[:, : len(v)] @ v).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _coded(
+    module: Any, run: _Run, key: torch.Tensor, value: torch.Tensor
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """KV head → its keys and values as the store gives them back, [1,1,T,D] each; whole blocks only, the rest as it is."""
+    store, layer, found = run.plan.store, module.layer_idx, {}
+    whole = max(0, key.shape[2] - store.sink) // store.block * store.block
+    for number in store.index[layer].unique().tolist():
+        heads = (store.index[layer] == number).nonzero().flatten().tolist()
+        if number < 0 or not whole:
+            continue
+        places, sides = torch.arange(store.sink, store.sink + whole), []
+        for encoding, x in (
+            (store.keys[number].heads(heads, key.shape[1]), key),
+            (store.values[number].heads(heads, key.shape[1]), value),
+        ):
+            held = x[:, heads, store.sink : store.sink + whole]
+            stretch = _stretch(run.tables[module][0][:, :1] if not encoding.rotated else None, x)
+            bare = held if encoding.rotated else _moved(module, run, held, places, 0 * places) / stretch
+            blocks = [encoding.decode(encoding.encode(b), x.shape[-1]) for b in bare.split(store.block, 2)]
+            back = torch.cat(blocks, dim=2).to(x.dtype)
+            sides.append(back if encoding.rotated else _moved(module, run, back * stretch, 0 * places, places))
+        for at, head in enumerate(heads):
+            found[head] = (sides[0][:, at : at + 1], sides[1][:, at : at + 1])
+    return found
+
+
+def _stretch(cosine: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """What RoPE makes of a key at position 0, where nothing turns: a factor per channel, 1 unless it is scaled."""
+    if cosine is None:
+        return x.new_ones(1)
+    return torch.nn.functional.pad(cosine, (0, x.shape[-1] - cosine.shape[-1]), value=1.0)[:, None]
+
+
+def _as_seen(
+    run: _Run, row: int, raw: tuple[torch.Tensor, torch.Tensor], coded: tuple[torch.Tensor, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Keys and values as a row sees them: what had moved into the bulk before it, or before its chunk, is coded."""
+    store = run.plan.store
+    fed = row if run.strict else run.start[row]
+    count = max(0, fed - store.sink - store.recent) // store.block * store.block
+    at = slice(store.sink, store.sink + count)
+    return [
+        torch.cat([r[:, :, : at.start], c[:, :, :count], r[:, :, at.stop :]], dim=2)
+        for r, c in zip(raw, coded, strict=True)
+    ]
 
 
 def _moved(module: Any, run: _Run, x: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """x [1,H,T,D] rotated for positions `source` → for positions `target`, by the architecture's own RoPE."""
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
     cos, sin = run.tables[module]
-    factor = float(cos[0, 0, 0] ** 2 + sin[0, 0, 0] ** 2)  # of RoPE scalings that also stretch
-    bare = rotate(x, x, cos[:, source], -sin[:, source])[0] / factor
+    length = _wide(cos[:, source] ** 2 + sin[:, source] ** 2)  # not 1 for RoPE scalings that also stretch
+    if length.shape[-1] * 2 == x.shape[-1] and "gpt_oss" in type(module).__module__:  # one angle a pair there
+        length = torch.cat([length, length], dim=-1)
+    length = torch.nn.functional.pad(length, (0, x.shape[-1] - length.shape[-1]), value=1.0)
+    bare = (_wide(rotate(x, x, cos[:, source], -sin[:, source])[0]) / length[:, None]).to(x.dtype)
     return rotate(bare, bare, cos[:, target], sin[:, target])[0]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 AttentionInterface.register(NAME, _attention)

@@ -7,7 +7,8 @@ import torch
 
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
-from kvtool.plan import Keep, Plan
+from kvtool.plan import Plan
+from kvtool.slots import Keep
 from tests.laws.reference import dense
 from tests.models import random_ids
 from tests.running import feed, own

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kvtool.cache.lane import GROWTH, Full
+from kvtool.cache.bulk import Bulk
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.segments import GROWTH
 from kvtool.model import Model
-from kvtool.plan import EVERYTHING, Keep, Plan
+from kvtool.plan import Plan
+from kvtool.slots import EVERYTHING, Keep
 from tests import models
 from tests.laws.methods import TINY, tiny
 from tests.models import random_ids
@@ -41,22 +43,22 @@ def test_the_allocator_follows(case: str | None, name: str) -> None:
     cache = SegmentCache(model, None if case is None else tiny(case, name))
     assert cache.nbytes == 0
     assert grown(model, cache) == cache.nbytes
-    held = [buffer for layer in cache.layers for lane in layer.lanes for buffer in lane.buffers()]
+    held = [buffer for layer in cache.segments for lane in layer.lanes() for buffer in lane.buffers()]
     assert cache.nbytes == sum(buffer.nbytes for buffer in held)
     assert len({buffer.data_ptr() for buffer in held}) == len(held)  # nothing is counted twice
     assert all(buffer.untyped_storage().nbytes() == buffer.nbytes for buffer in held)  # no view into something larger
 
 
 def test_a_cache_that_hoards_is_found_out(llama: Model) -> None:
-    class Hoarder(Full):
+    class Hoarder(Bulk):
         def step(self, q, k, v, step):
             self.hidden = [*getattr(self, "hidden", []), k.clone()]
             return super().step(q, k, v, step)
 
     cache = SegmentCache(llama)
-    for layer in cache.layers:
-        layer.lanes = [Hoarder(lane.heads) for lane in layer.lanes]
     geometry = llama.geometry
+    for layer in cache.segments:
+        layer.make = lambda: [Hoarder(list(range(geometry.kv_heads)))]
     hoard = geometry.layers * IDS.numel() * geometry.kv_heads * geometry.head_dim * 4
     assert grown(llama, cache) == cache.nbytes + hoard
 

@@ -48,5 +48,5 @@ def test_the_evidence_and_options_of_both_survive(case: str, other: str, llama: 
 
 
 def test_two_lossy_plans_for_one_slot_are_refused(llama: Model) -> None:
-    with pytest.raises(InputError, match="both plans fill the slot 'keep'"):
+    with pytest.raises(InputError, match="two plans fill the slot 'keep'"):
         compose(tiny("duo-0", llama.name), tiny("streaming-0", llama.name))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from kvtool.cache.lane import Full
+from kvtool.cache.bulk import Bulk
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
 from tests import models
@@ -40,7 +42,7 @@ def test_zero_tiny_and_huge_keys(case: str, scale: float) -> None:
     for layer in model.network.model.layers:
         layer.self_attn.k_proj.weight *= scale
     plan = tiny(case, "llama")
-    plan = type(plan)(plan.method, model.fingerprint, keep=plan.keep)
+    plan = dataclasses.replace(plan, model=model.fingerprint)
     logits = feed(model, SegmentCache(model, plan), random_ids(2, 30), CHUNKS)
     assert bool(torch.isfinite(logits).all())
 
@@ -52,10 +54,14 @@ def test_unused_room_is_never_read(case: str | None, llama: Model) -> None:
     cache = SegmentCache(llama, plan)
     logits = [feed(llama, cache, ids[:, :4], [4])]
     for at in range(4, 9):
-        for layer in cache.layers:
-            for lane in layer.lanes:
-                if lane.keys is not None and lane.values is not None:
-                    used = at if isinstance(lane, Full) else min(at, lane.sink + lane.recent)
+        for layer in cache.segments:
+            for lane in layer.lanes():
+                if isinstance(lane, Bulk):
+                    for segment in (lane.sinks, lane.recent):
+                        if segment.k is not None and segment.v is not None:
+                            segment.k[:, :, segment.length :] = segment.v[:, :, segment.length :] = float("nan")
+                else:
+                    used = min(at, lane.sink + lane.recent)
                     lane.keys[:, :, used:] = lane.values[:, :, used:] = float("nan")
         with llama.served(), torch.no_grad():
             logits.append(llama.network(input_ids=ids[:, at : at + 1], past_key_values=cache).logits)

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from kvtool.cache.lane import Step, Window
+from kvtool.cache.lane import Step
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.window import Window
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests.laws.methods import ROWS, plan
@@ -41,7 +42,7 @@ def test_a_single_head_errs_less_with_a_wider_window(compensate: bool) -> None:
     torch.manual_seed(0)
     tokens, width, heads = 64, 16, 256  # each head is an independent draw; the error is their mean
     q, k, v = (torch.randn(1, heads, tokens, width) for _ in range(3))
-    step = Step(start=0, scale=width**-0.5, softcap=None, padding=None, strict=True)
+    step = Step(start=0, scale=width**-0.5, softcap=None, strict=True)
     everything = Window(list(range(heads)), sink=0, recent=tokens).step(q, k, v, step)[0]
     errors = []
     for recent in (1, 4, 12, 24, 40, 56, 64):
@@ -57,7 +58,7 @@ def test_compensation_errs_less_than_dropping() -> None:
     tokens, width, heads = 64, 16, 256
     q = 0.3 * torch.randn(1, heads, tokens, width)  # flat attention, where one mean can stand for many
     k, v = torch.randn(1, heads, tokens, width), 1 + torch.randn(1, heads, tokens, width)
-    step = Step(start=0, scale=width**-0.5, softcap=None, padding=None, strict=True)
+    step = Step(start=0, scale=width**-0.5, softcap=None, strict=True)
     everything = Window(list(range(heads)), sink=0, recent=tokens).step(q, k, v, step)[0]
     dropping, averaging = (
         float((Window(list(range(heads)), sink=2, recent=8, compensate=c).step(q, k, v, step)[0] - everything).norm())

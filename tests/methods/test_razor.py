@@ -5,21 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.lane import Step, Window
+from kvtool.cache.lane import Step
 from kvtool.cache.mean import Mean
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.window import Window
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError
 from kvtool.methods._base import best, per_kv_head
 from kvtool.model import Model
-from kvtool.plan import EVERYTHING, Plan
+from kvtool.plan import Plan
+from kvtool.slots import EVERYTHING
 from tests import models
 from tests.laws.methods import trace
 from tests.models import ECHO, INDUCTION, random_ids
 from tests.running import feed, own
 from tests.tolerance import close, error, same
 
-STEP = Step(start=0, scale=0.25, softcap=None, padding=None, strict=True)
+STEP = Step(start=0, scale=0.25, softcap=None, strict=True)
 
 
 def razor(model: Model, **settings: object) -> Plan:
@@ -55,21 +57,21 @@ def test_identical_dropped_keys_lose_nothing_in_decode() -> None:
     lane = Window([0, 1, 2, 3], sink=sink, recent=recent, compensate=True)
     for at in range(tokens):
         now = slice(at, at + 1)
-        out, _ = lane.step(q[:, :, now], k[:, :, now], v[:, :, now], Step(at, 0.25, None, None, strict=True))
+        out, _ = lane.step(q[:, :, now], k[:, :, now], v[:, :, now], Step(at, 0.25, strict=True))
         assert error(out, everything[:, :, now]) < 1e-6
 
 
 def test_the_mean_is_the_mean() -> None:
     torch.manual_seed(0)
     mean, k, v, q = Mean(), torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8), torch.randn(2, 6, 1, 8)
-    dropped = torch.tensor([[True] * 10, [True] * 4 + [False] * 6])
-    mean.fold_many(k, v, dropped)
-    out, lse = mean.attend(q, 0.5, None)
-    for row, count in enumerate((10, 4)):
-        for head in range(6):
-            key, value = k[row, head // 2, :count].mean(0), v[row, head // 2, :count].mean(0)
-            close(out[row, head, 0], value)
-            close(lse[row, head, 0], 0.5 * q[row, head, 0] @ key + torch.tensor(float(count)).log())
+    for low, high in ((0, 4), (4, 10)):
+        mean.fold(k[:, :, low:high], v[:, :, low:high])
+        out, lse = mean.attend(q, 0.5, None)
+        for row in range(2):
+            for head in range(6):
+                key, value = k[row, head // 2, :high].mean(0), v[row, head // 2, :high].mean(0)
+                close(out[row, head, 0], value)
+                close(lse[row, head, 0], 0.5 * q[row, head, 0] @ key + torch.tensor(float(high)).log())
 
 
 def test_nothing_dropped_no_slot(llama: Model) -> None:

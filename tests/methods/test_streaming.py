@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.lane import Step, Window
+from kvtool.cache.lane import Step
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.window import Window
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError
 from kvtool.model import Model
@@ -66,7 +67,7 @@ def test_without_sinks_a_head_that_parks_its_attention_there_breaks() -> None:
     q, k, v = (torch.randn(1, heads, tokens, width) for _ in range(3))
     q[..., 0], k[..., 0] = width**0.5, 0.0
     k[:, :, 0, 0], v[:, :, 0] = 9.0, 0.0
-    step = Step(start=0, scale=width**-0.5, softcap=None, padding=None, strict=True)
+    step = Step(start=0, scale=width**-0.5, softcap=None, strict=True)
 
     def last(sink: int, recent: int) -> torch.Tensor:
         return Window(list(range(heads)), sink=sink, recent=recent).step(q, k, v, step)[0][:, :, -1]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kvtool.model import Model, load
-from kvtool.plan import Keep, Plan
+from kvtool.plan import Plan
+from kvtool.slots import Keep
 from tests.cli.tiny import save
 
 LONG = 5000  # more entries than any test has

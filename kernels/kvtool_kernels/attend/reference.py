@@ -29,9 +29,10 @@ def attend(
     """
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
-    keys = k.float().repeat_interleave(group, dim=1)
-    values = v.float().repeat_interleave(group, dim=1)
-    logits = q.float() @ keys.transpose(-1, -2) * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys = k.to(wide).repeat_interleave(group, dim=1)
+    values = v.to(wide).repeat_interleave(group, dim=1)
+    logits = q.to(wide) @ keys.transpose(-1, -2) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:

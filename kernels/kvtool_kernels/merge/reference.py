@@ -2,7 +2,7 @@
 
     lse = log(exp(lse1) + exp(lse2));   out = exp(lse1 − lse) · out1 + exp(lse2 − lse) · out2
 
-Exact, associative, commutative, with neutral element (0, −inf). The weights are fp32 whatever the outputs' dtype.
+Exact, associative, commutative, with neutral element (0, −inf). Arithmetic is fp32 at least, whatever the outputs' dtype.
 """
 
 from __future__ import annotations
@@ -18,4 +18,5 @@ def merge(a: Partial, b: Partial) -> Partial:
     lse = torch.logaddexp(lse_a, lse_b)
     base = lse.masked_fill(lse == float("-inf"), 0.0)
     weight_a, weight_b = torch.exp(lse_a - base)[..., None], torch.exp(lse_b - base)[..., None]
-    return (weight_a * out_a.float() + weight_b * out_b.float()).to(out_a.dtype), lse
+    wide = torch.promote_types(out_a.dtype, torch.float32)
+    return (weight_a * out_a.to(wide) + weight_b * out_b.to(wide)).to(out_a.dtype), lse

@@ -1,0 +1,1 @@
+"""Attention of queries over one coded segment, read without holding its decoded form."""

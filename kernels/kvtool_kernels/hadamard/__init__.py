@@ -1,0 +1,1 @@
+"""The orthonormal Walsh–Hadamard transform of the last dimension."""

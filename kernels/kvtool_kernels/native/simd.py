@@ -1,0 +1,339 @@
+"""Vectors of fp32 for Numba: loads, code extraction, products with rows of weights, exp, transposition.
+
+Plain loops over byte codes are not vectorised well (their arithmetic is 64-bit and any two arrays may alias), so
+that these are written as LLVM vectors, which LLVM splits where a processor's registers are narrower. Memory is an
+address and an index in elements, both int64; nothing is checked.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.datamodel.models import PrimitiveModel
+from numba.core.extending import intrinsic, register_model
+
+LANES = 16
+FP32, FP16, BF16 = 0, 1, 2
+_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
+_BYTE, _SHORT, _INT, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_SIZES = {_BYTE: 1, _SHORT: 2, _HALF: 2, _FLOAT: 4, _LONG: 8}
+_Builder = ir.IRBuilder
+_operation = intrinsic(prefer_literal=True)
+
+
+class Vector(types.Type):
+    """`lanes` fp32 numbers."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(name=f"Vector({lanes})")
+
+
+@register_model(Vector)
+class _VectorModel(PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, ir.VectorType(_FLOAT, kind.lanes))
+
+
+WIDE = Vector(LANES)
+WIDE_TYPE = ir.VectorType(_FLOAT, LANES)
+
+
+def _constant(value: float, like: ir.Type) -> ir.Value:
+    return ir.Constant(like, [value] * like.count)
+
+
+def _splat(builder: _Builder, value: ir.Value, lanes: int) -> ir.Value:
+    kind = ir.VectorType(value.type, lanes)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_INT, lanes), [0] * lanes))
+
+
+def _at(builder: _Builder, address: ir.Value, index: ir.Value, element: ir.Type, kind: ir.Type) -> ir.Value:
+    """Pointer to a `kind` that starts at element `index`."""
+    return builder.inttoptr(builder.add(address, builder.mul(index, _LONG(_SIZES[element]))), kind.as_pointer())
+
+
+def _call(builder: _Builder, name: str, result: ir.Type, *values: ir.Value, flags: tuple[str, ...] = ()) -> ir.Value:
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values, fastmath=flags)
+
+
+def _fma(builder: _Builder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return _call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+
+
+@_operation
+def load(typing: Any, kind: Any, lanes: Any, address: Any, index: Any) -> Any:
+    """`lanes` numbers from `index` on, as fp32; `kind` is FP32, FP16 or BF16."""
+    vector = Vector(lanes.literal_value)
+    element = {FP32: _FLOAT, FP16: _HALF, BF16: _SHORT}[kind.literal_value]
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        result, wide = ir.VectorType(_FLOAT, vector.lanes), ir.VectorType(_INT, vector.lanes)
+        pointer = _at(builder, *given[2:], element, ir.VectorType(element, vector.lanes))
+        found = builder.load(pointer, align=4 if element is _FLOAT else 2)
+        if element is _SHORT:
+            return builder.bitcast(builder.shl(builder.zext(found, wide), _constant(16, wide)), result)
+        return found if element is _FLOAT else builder.fpext(found, result)
+
+    return vector(kind, lanes, address, index), generate
+
+
+@_operation
+def codes(typing: Any, span: Any, power: Any, address: Any, index: Any, part: Any) -> Any:
+    """A vector of codes of `power` bits, as fp32: lane l is taken from byte `index` + l % span, part `part` + l // span."""
+    reach, bits = span.literal_value, power.literal_value
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        _, _, address, index, part = given
+        wide, few = ir.VectorType(_INT, LANES), ir.VectorType(_BYTE, reach)
+        read = builder.load(_at(builder, address, index, _BYTE, few), align=1)
+        if reach < LANES:
+            read = builder.shuffle_vector(read, read, ir.Constant(wide, [lane % reach for lane in range(LANES)]))
+        first = _splat(builder, builder.mul(builder.trunc(part, _INT), _INT(bits)), LANES)
+        places = builder.add(first, ir.Constant(wide, [lane // reach * bits for lane in range(LANES)]))
+        code = builder.and_(builder.lshr(builder.zext(read, wide), places), _constant((1 << bits) - 1, wide))
+        return builder.sitofp(code, WIDE_TYPE)
+
+    return WIDE(span, power, address, index, part), generate
+
+
+@_operation
+def splat(typing: Any, lanes: Any, value: Any) -> Any:
+    """One number in every lane."""
+    kind = Vector(lanes.literal_value)
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return _splat(builder, given[1], kind.lanes)
+
+    return kind(lanes, types.float32), generate
+
+
+@_operation
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return _fma(builder, *given)
+
+    return a(a, b, c), generate
+
+
+@_operation
+def larger(typing: Any, a: Any, b: Any) -> Any:
+    """max(a, b) by lane."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.maxnum.v{a.lanes}f32", given[0].type, *given)
+
+    return a(a, b), generate
+
+
+@_operation
+def store(typing: Any, address: Any, index: Any, vector: Any) -> Any:
+    """Write a vector at `index`."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+        builder.store(given[2], _at(builder, *given[:2], _FLOAT, given[2].type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(address, index, vector), generate
+
+
+@_operation
+def read(typing: Any, address: Any, index: Any) -> Any:
+    """The fp32 number at `index`."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return builder.load(_at(builder, *given, _FLOAT, _FLOAT))
+
+    return types.float32(address, index), generate
+
+
+@_operation
+def write(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write one fp32 number at `index`."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+        builder.store(given[2], _at(builder, *given[:2], _FLOAT, _FLOAT))
+        return context.get_dummy_value()
+
+    return types.void(address, index, types.float32), generate
+
+
+@_operation
+def field(typing: Any, address: Any, index: Any) -> Any:
+    """The int64 at `index`."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return builder.load(_at(builder, *given, _LONG, _LONG))
+
+    return types.int64(address, index), generate
+
+
+@_operation
+def take(typing: Any, address: Any) -> Any:
+    """The int64 at an address, which grows by one: atomic, so that threads share out work with it."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        pointer = builder.inttoptr(given[0], _LONG.as_pointer())
+        return builder.atomic_rmw("add", pointer, _LONG(1), "seq_cst")
+
+    return types.int64(address), generate
+
+
+@_operation
+def address_of(typing: Any, pointer: Any) -> Any:
+    """A pointer as an address."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return builder.ptrtoint(given[0], _LONG)
+
+    return types.int64(pointer), generate
+
+
+@_operation
+def zeros(typing: Any, count: Any) -> Any:
+    """`count` accumulators."""
+    kind = types.UniTuple(WIDE, count.literal_value)
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return ir.Constant(context.get_value_type(kind), None)
+
+    return kind(count), generate
+
+
+@_operation
+def add_outer(typing: Any, sums: Any, rows: Any, weights: Any, stride: Any, tile: Any) -> Any:
+    """sums[r, c] += weights[r · stride] · tile[c], where c counts vectors; `weights` and `tile` are addresses."""
+    count, height = len(sums), rows.literal_value
+    width = count // height
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        sums, _, weights, stride, tile = given
+        kind = ir.VectorType(_FLOAT, LANES)
+        loaded = [builder.load(_at(builder, tile, _LONG(c * LANES), _FLOAT, kind), align=4) for c in range(width)]
+        for r in range(height):
+            place = _at(builder, weights, builder.mul(stride, _LONG(r)), _FLOAT, _FLOAT)
+            weight = _splat(builder, builder.load(place), LANES)
+            for c, vector in enumerate(loaded):
+                at = r * width + c
+                sums = builder.insert_value(sums, _fma(builder, weight, vector, builder.extract_value(sums, at)), at)
+        return sums
+
+    return sums(sums, rows, weights, stride, tile), generate
+
+
+@_operation
+def add_inner(typing: Any, sums: Any, weights: Any, stride: Any, tile: Any) -> Any:
+    """sums[r] += weights[r · stride ...] · tile by lane; `weights` and `tile` are addresses."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        sums, weights, stride, tile = given
+        kind = ir.VectorType(_FLOAT, LANES)
+        vector = builder.load(_at(builder, tile, _LONG(0), _FLOAT, kind), align=4)
+        for r in range(signature.args[0].count):
+            weight = builder.load(_at(builder, weights, builder.mul(stride, _LONG(r)), _FLOAT, kind), align=4)
+            sums = builder.insert_value(sums, _fma(builder, weight, vector, builder.extract_value(sums, r)), r)
+        return sums
+
+    return sums(sums, weights, stride, tile), generate
+
+
+@_operation
+def total(typing: Any, vector: Any) -> Any:
+    """The sum of all lanes."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        name = f"llvm.vector.reduce.fadd.v{vector.lanes}f32"
+        return _call(builder, name, _FLOAT, _FLOAT(-0.0), given[0], flags=("reassoc",))
+
+    return types.float32(vector), generate
+
+
+@_operation
+def largest(typing: Any, vector: Any) -> Any:
+    """The largest lane."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.vector.reduce.fmax.v{vector.lanes}f32", _FLOAT, given[0])
+
+    return types.float32(vector), generate
+
+
+@_operation
+def exp(typing: Any, vector: Any) -> Any:
+    """e^x to about one unit in the last place; 0 below −87, e^88 above 88, NaN of NaN.
+
+    x = n ln 2 + r, e^r by the polynomial of Cephes, 2^n through the exponent bits. Adding 1.5 · 2^23 rounds to n and
+    leaves it in the low bits.
+    """
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        kind, wide = given[0].type, ir.VectorType(_INT, vector.lanes)
+
+        def real(value: float) -> ir.Value:
+            return _constant(value, kind)
+
+        low = builder.fcmp_ordered("<", given[0], real(-87.0))
+        x = builder.select(low, real(-87.0), given[0])
+        x = builder.select(builder.fcmp_ordered(">", x, real(88.0)), real(88.0), x)
+        shifted = _fma(builder, x, real(math.log2(math.e)), real(12582912.0))
+        n = builder.fsub(shifted, real(12582912.0))
+        r = _fma(builder, n, real(2.12194440e-4), _fma(builder, n, real(-0.693359375), x))
+        p = real(1.9875691500e-4)
+        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
+            p = _fma(builder, p, r, real(c))
+        exponent = builder.add(builder.bitcast(shifted, wide), _constant(127, wide))
+        power = builder.bitcast(builder.shl(exponent, _constant(23, wide)), kind)
+        return builder.select(low, real(0.0), builder.fmul(p, power))
+
+    return vector(vector), generate
+
+
+@_operation
+def look_up(typing: Any, table: Any, indices: Any) -> Any:
+    """table[index] by lane; the indices are whole numbers in fp32."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        places = builder.fptosi(given[1], ir.VectorType(_INT, indices.lanes))
+        found = ir.Constant(given[1].type, ir.Undefined)
+        for lane in range(indices.lanes):
+            place = builder.sext(builder.extract_element(places, _INT(lane)), _LONG)
+            value = builder.load(_at(builder, given[0], place, _FLOAT, _FLOAT))
+            found = builder.insert_element(found, value, _INT(lane))
+        return found
+
+    return indices(table, indices), generate
+
+
+@_operation
+def transpose(typing: Any, source: Any, stride: Any, target: Any, pitch: Any) -> Any:
+    """target[j · pitch + i] = source[i · stride + j] for i, j < LANES; both are addresses."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+        source, stride, target, pitch = given
+        kind, order = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+        rows = [
+            builder.load(_at(builder, source, builder.mul(stride, _LONG(i)), _FLOAT, kind), align=4)
+            for i in range(LANES)
+        ]
+        half = LANES // 2
+        low = [i // 2 + LANES * (i % 2) for i in range(LANES)]  # one round of interleaving row i with row i + half
+        while half > 0:
+            pairs = [(rows[i], rows[i + LANES // 2]) for i in range(LANES // 2)]
+            rows = [
+                builder.shuffle_vector(a, b, ir.Constant(order, [place + offset for place in low]))
+                for a, b in pairs
+                for offset in (0, LANES // 2)
+            ]
+            half //= 2
+        for j, row in enumerate(rows):
+            builder.store(row, _at(builder, target, builder.mul(pitch, _LONG(j)), _FLOAT, kind), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, stride, target, pitch), generate

@@ -1,0 +1,1 @@
+"""Entries to codes with a scale per group of entries or channels, and back."""

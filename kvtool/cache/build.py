@@ -1,0 +1,92 @@
+"""From a plan to lanes: KV heads of a layer with the same policy share one. It knows slots, not methods."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kvtool.cache.bulk import Bulk
+from kvtool.cache.lane import Lane
+from kvtool.cache.reader import Reader
+from kvtool.cache.selector import Selector
+from kvtool.cache.window import Window
+from kvtool.encoding.encoding import Encoding
+from kvtool.model import Model
+from kvtool.plan import Plan
+from kvtool.slots import EVERYTHING, RAW, Select
+
+
+def lanes(model: Model, plan: Plan | None, layer: int, prompt_length: int) -> list[Lane]:
+    """The lanes of one layer, empty."""
+    window = model.geometry.windows[layer]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for head in range(model.geometry.kv_heads):
+        groups.setdefault(_policy(plan, layer, head, window, prompt_length), []).append(head)
+    return [_lane(model, plan, layer, window, policy, heads) for policy, heads in groups.items()]
+
+
+def per_row(plan: Plan | None) -> bool:
+    """Do rows of a batch come to hold different numbers of entries?"""
+    spec = plan.keep.select if plan is not None and plan.keep is not None else None
+    return spec is not None and (spec.spread != "head" or spec.mass > 0)
+
+
+def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt_length: int) -> tuple[Any, ...]:
+    """What heads must have in common to share a lane."""
+    keep = plan.keep if plan is not None else None
+    if keep is not None and int(keep.recent[layer, head]) != EVERYTHING:
+        recent = max(int(keep.recent[layer, head]), round(keep.recent_ratio * prompt_length))
+        return ("window", int(keep.sink[layer, head]), recent, bool(keep.compensate[layer, head]))
+    if window is not None:
+        return ("window", 0, window, False)
+    spec = keep.select if keep is not None else None
+    own = None if spec is None else head if _alone(spec) else float(spec.budget[layer, head])
+    store = plan.store if plan is not None else None
+    return ("bulk", RAW if store is None else int(store.index[layer, head]), own)
+
+
+def _alone(spec: Select) -> bool:
+    """May each head's count differ, so that each needs a lane of its own?"""
+    return spec.spread != "head" or spec.mass > 0
+
+
+def _lane(
+    model: Model, plan: Plan | None, layer: int, window: int | None, policy: tuple[Any, ...], heads: list[int]
+) -> Lane:
+    if policy[0] == "window":
+        _, sink, recent, compensate = policy
+        turn = plan is not None and plan.keep is not None and plan.keep.position == "reindex"
+        return Window(
+            heads, sink=sink, recent=recent, compensate=compensate, model_window=window,
+            reindex=model.rotary(layer) if turn else None,
+        )  # fmt: skip
+    if plan is None:
+        return Bulk(heads)
+    options: dict[str, Any] = {}
+    spec = plan.keep.select if plan.keep is not None else None
+    if spec is not None:
+        options["selector"] = Selector(spec, spec.budget[layer, heads])
+    if plan.store is not None and policy[1] != RAW:
+        store = plan.store
+        options |= {
+            "sink": store.sink,
+            "recent": store.recent,
+            "block": store.block,
+            "key": _checked(store.keys[policy[1]], heads, model),
+            "value": _checked(store.values[policy[1]], heads, model),
+            "rotary": model.rotary(layer),
+        }
+    if plan.read is not None:
+        read = plan.read
+        options["reader"] = Reader(read, float(read.budget[layer]))
+        options["sink"] = max(options.get("sink", 0), read.sink)
+        options["recent"] = max(options.get("recent", 0), read.recent)
+        block = options.get("block", read.unit)
+        options["block"] = block * read.unit // math.gcd(block, read.unit)
+    return Bulk(heads, **options)
+
+
+def _checked(encoding: Encoding, heads: list[int], model: Model) -> Encoding:
+    own = encoding.heads(heads, model.geometry.kv_heads)
+    own.check(len(heads), model.geometry.head_dim)
+    return own

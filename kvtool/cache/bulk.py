@@ -1,0 +1,194 @@
+"""Entries in order: raw sinks, a bulk that may be coded, and raw recent entries.
+
+    [ sinks: the first S | bulk: whole blocks, in the order they came | recent: R … R + block − 1 newest ]
+
+A block leaves `recent` for the bulk when R + block entries stand there, is encoded once, and is never touched again.
+After t tokens the bulk therefore holds block · ⌊(t − S − R) / block⌋ of them, whatever the prompt's cut, unless a
+selection thinned the prompt first. A query never sees the effect of its own token: entries move after the attention.
+
+Without a store all entries are `recent`. Shapes as in `lane.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from kvtool.cache.lane import Lane, Partial, Step
+from kvtool.cache.reader import Reader
+from kvtool.cache.segments import Coded, Dense, Segment
+from kvtool.cache.selector import Selector, merged
+from kvtool.encoding.encoding import Encoding
+from kvtool.rotary import Rotary
+from kvtool_kernels.ops import merge
+
+
+class Bulk(Lane):
+    """`block` None: nothing ever leaves `recent`. `key`, `value` None: the bulk is held raw, for `reader` to choose from."""
+
+    def __init__(
+        self,
+        heads: list[int],
+        *,
+        sink: int = 0,
+        recent: int = 0,
+        block: int | None = None,
+        key: Encoding | None = None,
+        value: Encoding | None = None,
+        rotary: Rotary | None = None,
+        selector: Selector | None = None,
+        reader: Reader | None = None,
+    ):
+        super().__init__(heads)
+        self.limits, self.block = (sink, recent), block
+        self.encodings, self.rotary = (key, value), rotary
+        self.selector, self.reader = selector, reader
+        self.clear()
+
+    def clear(self) -> None:
+        key, value = self.encodings
+        self.sinks, self.recent = Dense(), Dense()
+        self.bulk: Segment = Dense()
+        if key is not None and value is not None:
+            self.bulk = Coded(key, value, self.rotary)
+            self.bulk.positions = self._bulk_positions
+        self.positions: torch.Tensor | None = None  # int64 [B,K,N] of all entries, where keys need them
+        self.fed = self.origin = 0
+        self.finished = self.selector is None
+        for part in (self.selector, self.reader):
+            if part is not None:
+                part.clear()
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        pieces = self._pieces(k.shape[2]) if step.strict else [k.shape[2]]
+        if len(pieces) == 1:
+            return self._one(q, k, v, step)
+        outs = [
+            self._one(*parts, step)
+            for parts in zip(q.split(pieces, 2), k.split(pieces, 2), v.split(pieces, 2), strict=True)
+        ]
+        return torch.cat([out for out, _ in outs], dim=2), torch.cat([lse for _, lse in outs], dim=2)
+
+    def _pieces(self, tokens: int) -> list[int]:
+        """The tokens of a chunk, cut where a block moves."""
+        if self.block is None or not self.finished:
+            return [tokens]
+        room = sum(self.limits) + self.block - self.sinks.length - self.recent.length
+        first = min(tokens, room)
+        rest = tokens - first
+        return [first, *[self.block] * (rest // self.block), *[rest % self.block] * (rest % self.block > 0)]
+
+    def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        self._receive(k, v, step)
+        out = self._attend(q, step, causal=q.shape[2] > 1)
+        if self.selector is not None:
+            if self.finished:
+                self.selector.step(q, self.recent, step)
+            else:
+                self.selector.observe(q, self.fed - q.shape[2])
+        self._move()
+        return out
+
+    def _receive(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        self.recent.append(k, v)
+        self.origin = step.origin
+        if self.positions is not None:
+            new = torch.arange(self.fed, self.fed + k.shape[2], device=k.device)
+            self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], -1)], dim=2)
+        self.fed += k.shape[2]
+
+    def _attend(self, q: torch.Tensor, step: Step, *, causal: bool) -> Partial:
+        out = self.recent.attend(q, step, causal=causal)
+        if self.bulk.length:
+            if self.reader is not None and q.shape[2] == 1:
+                out = merge(self.reader.attend(q, self.bulk, step), out)
+            else:
+                out = merge(self.bulk.attend(q, step), out)
+        if self.sinks.length:
+            out = merge(self.sinks.attend(q, step), out)
+        return out
+
+    def peek(self, q: torch.Tensor, step: Step) -> Partial:
+        return self._attend(q, step, causal=False)
+
+    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        self._receive(k, v, step)
+        self._move()
+
+    def _move(self) -> None:
+        """Sinks first, then whole blocks into the bulk."""
+        if self.block is None or not self.finished:
+            return
+        sink, recent = self.limits
+        spare = self.recent.length - recent
+        missing = min(sink - self.sinks.length, spare)
+        if missing > 0:
+            self.sinks.append(*self.recent.pop(missing))
+            spare -= missing
+        count = spare // self.block * self.block
+        if count > 0:
+            k, v = self.recent.pop(count)
+            if self.reader is not None:
+                self.reader.append(k, v)
+            self.bulk.append(k, v)
+
+    def finish(self) -> None:
+        self.finished = True
+        self._move()
+
+    def thin(self, scores: torch.Tensor, count: int) -> None:
+        """Of the entries held, which must all be recent, keep the `count` best by scores [B,K,S]."""
+        assert self.selector is not None
+        spec, index = self.selector.spec, self.selector.choose(scores, count)
+        self.selector.settle(scores, index)
+        if spec.merge == "nearest":
+            k, v = merged(*self.recent.recall(), index, spec.threshold)
+            self.recent = Dense()
+            self.recent.append(k, v)
+        else:
+            self.recent.take(index)
+        key = self.encodings[0]
+        if key is not None and not key.rotated:
+            self.positions = index
+
+    def _bulk_positions(self, low: int, high: int) -> torch.Tensor:
+        """Positions of entries of the bulk, int64 [S] or [B,K,S]."""
+        low, high = low + self.sinks.length, high + self.sinks.length
+        held = torch.arange(low, high) if self.positions is None else self.positions[:, :, low:high]
+        return held + self.origin
+
+    def recall(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        parts = [segment.recall() for segment in self._segments() if segment.length]
+        return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2), 0
+
+    def _segments(self) -> tuple[Segment, ...]:
+        return self.sinks, self.bulk, self.recent
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        for segment in self._segments():
+            yield from segment.buffers()
+        if self.positions is not None:
+            yield self.positions
+        for part in (self.selector, self.reader):
+            if part is not None:
+                yield from part.buffers()
+
+    def entries(self) -> int:
+        return sum(segment.length for segment in self._segments())
+
+    def read_bytes(self) -> int:
+        raw = self.sinks.read_bytes() + self.recent.read_bytes()
+        return raw + (self.bulk.read_bytes() if self.reader is None else self.reader.read_bytes(self.bulk))
+
+    def moved_bytes(self) -> int:
+        return 0 if self.reader is None else self.reader.moved
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        for segment in self._segments():
+            segment.reorder(rows)
+        if self.positions is not None:
+            self.positions = self.positions[rows]
+        for part in (self.selector, self.reader):
+            if part is not None:
+                part.reorder(rows)

@@ -1,0 +1,11 @@
+"""Minus the norm of the key: keys of small norm draw attention (Devoto et al., arXiv 2406.11430). [B,K,S] fp32."""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool.cache.scores._base import View
+
+
+def score(view: View) -> torch.Tensor:
+    return -view.k.float().norm(dim=-1)

@@ -1,0 +1,131 @@
+"""One side (K or V) of one layer's coded entries: transforms, outliers, codec, error basis, in this order.
+
+    z = Tₙ(… T₁(x)); (bare, outliers) = split(z); parts = codec(bare); error basis of (z − decoded)
+    x̂ = T₁⁻¹(… Tₙ⁻¹(decoded + error, with the outliers put back))
+
+Keys may be stored before RoPE (`rotated=False`): the cache turns them back before encoding and forward again after
+decoding, by the positions that it keeps. Attention runs on the written form itself whenever `direct` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvtool.encoding.codecs import Codec, Parts, Raw
+from kvtool.encoding.residuals import ErrorBasis, Outliers
+from kvtool.encoding.transforms import Transform
+from kvtool.errors import InputError
+from kvtool.records import Record
+from kvtool_kernels.packed import Packed
+
+
+@dataclass(frozen=True)
+class Encoding(Record):
+    """What happens to one side. Empty: entries are held as they are."""
+
+    codec: Codec = Raw()
+    transforms: tuple[Transform, ...] = ()
+    outliers: Outliers | None = None
+    error: ErrorBasis | None = None
+    rotated: bool = True
+
+    @property
+    def lossless(self) -> bool:
+        return self.codec.lossless and not self.transforms
+
+    @property
+    def block(self) -> int:
+        """Entries that must be encoded together: a common multiple of every part's."""
+        parts = [self.codec.block]
+        parts += [self.outliers.block] if self.outliers is not None else []
+        parts += [self.error.block] if self.error is not None else []
+        return math.lcm(*parts)
+
+    @property
+    def direct(self) -> bool:
+        """May attention read the written form? Not where residuals or a rotation stand between."""
+        return self.outliers is None and self.error is None and self.rotated
+
+    @property
+    def joined(self) -> int:
+        """How many neighbouring KV heads the transforms mix."""
+        return math.prod(step.joined() for step in self.transforms)
+
+    def check(self, kv_heads: int, width: int) -> None:
+        """Raise InputError unless this can encode `kv_heads` heads of `width` channels."""
+        if kv_heads % self.joined:
+            raise InputError(
+                "transforms that mix heads", got=f"{kv_heads} heads", expected=f"a multiple of {self.joined}"
+            )
+        for step in self.transforms:
+            width = step.width(width)
+        group, axis = getattr(self.codec, "group", 1), getattr(self.codec, "axis", "channel")
+        if axis == "channel" and width % group:
+            raise InputError(f"groups of {group} channels do not divide the width", got=width)
+
+    def heads(self, indices: list[int], of: int) -> Encoding:
+        """The encoding of these of a layer's `of` KV heads; raises InputError when a transform mixes others in."""
+        if len(indices) == of:
+            return self
+        if self.joined > 1:
+            raise InputError(
+                "a transform mixes KV heads that do not hold the same entries", got=f"heads {indices} of {of}",
+                remedy="compose with a plan that keeps the same entries in every head, or stores heads apart",
+            )  # fmt: skip
+        codec = self.codec
+        for name in ("scale", "zero"):
+            fixed = getattr(codec, name, None)
+            if isinstance(fixed, torch.Tensor) and len(fixed) > 1:
+                codec = replace(codec, **{name: fixed[indices]})
+        return replace(self, codec=codec, transforms=tuple(step.heads(indices) for step in self.transforms))
+
+    def encode(self, x: torch.Tensor) -> Parts:
+        """x [B,K,S,D], S a multiple of `block`."""
+        z = x
+        for step in self.transforms:
+            z = step.forward(z)
+        bare, kept = (z, {}) if self.outliers is None else self.outliers.split(z)
+        parts = self.codec.encode(bare) | kept
+        if self.error is not None:
+            parts |= self.error.of(z.float() - self._decoded(parts, z.shape[-1]))
+        return parts
+
+    def _decoded(self, parts: Parts, width: int) -> torch.Tensor:
+        z = self.codec.decode(parts, width)
+        return z if self.outliers is None else self.outliers.join(z, parts)
+
+    def decode(self, parts: Parts, width: int) -> torch.Tensor:
+        """x̂ fp32 [B,K,S,D] for heads of `width` channels."""
+        for step in self.transforms:
+            width = step.width(width)
+        z = self._decoded(parts, width)
+        if self.error is not None:
+            z = self.error.add(z, parts)
+        for step in reversed(self.transforms):
+            z = step.inverse(z)
+        return z
+
+    def packed(self, parts: Parts) -> Packed | torch.Tensor | None:
+        """What kernels read: z, not x̂. None when they cannot."""
+        return self.codec.packed(parts) if self.direct else None
+
+    def query(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """q [B,K,N,D] → q̃ [B,K',N',r] and what is added to q̃·ẑ, [B,K',N'] or None."""
+        total = None
+        for step in self.transforms:
+            wide, offset = step.query(q)
+            if total is not None and total.shape != wide.shape[:-1]:
+                total = total.reshape(wide.shape[:-1])
+            if offset is not None:
+                total = offset if total is None else total + offset
+            q = wide
+        return q, total
+
+    def output(self, o: torch.Tensor, rows: int) -> torch.Tensor:
+        """Weighted means of ẑ, [B,K',N',r] → of x̂, [B,K,N,D]; `rows` is N."""
+        for step in reversed(self.transforms):
+            o = step.output(o, rows)
+        return o

@@ -1,0 +1,94 @@
+"""What a codec gets wrong, kept beside it: the largest numbers as they are, or the error's strongest directions.
+
+Both are written as parts (see `codecs.py`): batch on axis 0, entries or blocks on axis 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvtool.encoding.codecs import Parts
+from kvtool.errors import InputError
+from kvtool.records import Record
+
+
+@dataclass(frozen=True)
+class Outliers(Record):
+    """Per vector the `count` numbers furthest from its mean are taken out before coding and kept exactly (fp16).
+
+    A vector is an entry (axis "channel": `count` of its r numbers) or a channel of `block` entries (axis "token").
+    The codec sees the mean of the rest in their place, so its ranges shrink. A stored outlier comes back exactly as
+    fp16 holds it. Capacity is fixed: (16 + 16) bits each.
+    """
+
+    count: int
+    axis: Literal["token", "channel"]
+    block: int = 1  # entries in a vector along "token"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError("bad outlier count", got=self.count, expected="1 or more")
+
+    def split(self, z: torch.Tensor) -> tuple[torch.Tensor, Parts]:
+        """z [B,K,S,r] → what the codec is given, and the parts: index int16 and value fp16 [B,K,S/block,(r,)count]."""
+        vectors = self._vectors(z.float())
+        centre = vectors.mean(-1, keepdim=True)
+        index = (vectors - centre).abs().topk(min(self.count, vectors.shape[-1]), dim=-1).indices
+        values = vectors.gather(-1, index)
+        rest = (vectors.sum(-1, keepdim=True) - values.sum(-1, keepdim=True)) / max(
+            1, vectors.shape[-1] - index.shape[-1]
+        )
+        bare = vectors.scatter(-1, index, rest.expand_as(values))
+        limit = torch.finfo(torch.float16).max
+        return self._entries(bare).to(z.dtype), {
+            "outliers.index": index.to(torch.int16),
+            "outliers.value": values.clamp(-limit, limit).half(),
+        }
+
+    def join(self, z: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """ẑ fp32 [B,K,S,r] with the outliers put back."""
+        index, value = parts["outliers.index"].long(), parts["outliers.value"].float()
+        return self._entries(self._vectors(z).scatter(-1, index, value))
+
+    def _vectors(self, z: torch.Tensor) -> torch.Tensor:
+        return z if self.axis == "channel" else z.unflatten(2, (-1, self.block)).transpose(3, 4)
+
+    def _entries(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors if self.axis == "channel" else vectors.transpose(3, 4).flatten(2, 3)
+
+
+@dataclass(frozen=True)
+class ErrorBasis(Record):
+    """The codec's error of each block as a product of rank `rank`: left fp16 [B,K,S,ρ], right fp16 [B,K,blocks,ρ,r].
+
+    The right factor spans the leading right singular space, found by `loops` rounds of power iteration from a fixed
+    start, and is orthonormal, so the remaining error is never larger than the codec's own.
+    """
+
+    rank: int
+    block: int
+    loops: int = 3
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.block < 1:
+            raise InputError("bad error basis", got=f"rank {self.rank}, block {self.block}", expected="1 or more each")
+
+    def of(self, error: torch.Tensor) -> Parts:
+        """error fp32 [B,K,S,r], S a multiple of `block` → the parts."""
+        blocks = error.unflatten(2, (-1, self.block))  # [B,K,n,block,r]
+        rank = min(self.rank, *blocks.shape[-2:])
+        start = torch.randn(blocks.shape[-1], rank, generator=torch.Generator().manual_seed(0)).to(error)
+        right = start.expand(*blocks.shape[:3], -1, -1)
+        for _ in range(self.loops):
+            right = torch.linalg.qr(blocks.transpose(-1, -2) @ (blocks @ right))[0]
+        right = right.half().float()
+        left = blocks @ right
+        return {"error.left": left.flatten(2, 3).half(), "error.right": right.transpose(-1, -2).half()}
+
+    def add(self, z: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """ẑ fp32 [B,K,S,r] plus the stored product."""
+        left = parts["error.left"].float().unflatten(2, (-1, self.block))
+        return z + (left @ parts["error.right"].float()).flatten(2, 3)

@@ -1,0 +1,65 @@
+"""Records: frozen dataclasses that a file can hold. Scalars go to the JSON header, tensors to safetensors.
+
+    @dataclass(frozen=True)
+    class Affine(Record): bits: int; group: int
+
+    dump(value, "store") → JSON, {"store.scale": tensor, ...};   load(JSON, tensors) → value
+
+A record may hold scalars, None, tensors, records, and tuples of these. The class's name is its kind in the file; the
+set of kinds is closed: it is the classes of this package that derive from Record. It knows none of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Record:
+    """Base of everything that a slot of a plan is made of."""
+
+    kinds: ClassVar[dict[str, type[Record]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Record.kinds[cls.__name__] = cls
+
+
+def dump(value: Any, name: str, tensors: Tensors) -> Any:
+    """JSON of `value`; its tensors are added to `tensors` under names that begin with `name`."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Record):
+        inner = {
+            field.name: dump(getattr(value, field.name), f"{name}.{field.name}", tensors) for field in fields(value)
+        }  # type: ignore[arg-type]
+        return {"kind": type(value).__name__, **inner}
+    if isinstance(value, tuple):
+        return [dump(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a record cannot hold {type(value).__name__}")
+
+
+def load(document: Any, tensors: Tensors) -> Any:
+    """The value that `dump` made `document` from; raises KeyError or TypeError when it is damaged."""
+    if isinstance(document, list):
+        return tuple(load(item, tensors) for item in document)
+    if not isinstance(document, dict):
+        return document
+    if document.keys() == {"tensor"}:
+        return tensors[document["tensor"]]
+    kind = Record.kinds[document["kind"]]
+    return kind(**{name: load(item, tensors) for name, item in document.items() if name != "kind"})
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Every tensor in `value`, for byte counts."""
+    found: Tensors = {}
+    dump(value, "value", found)
+    return list(found.values())
