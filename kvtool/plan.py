@@ -95,6 +95,12 @@ def compose(*plans: Plan) -> Plan:
     owners: dict[str, Plan] = {}
     for plan in plans:
         for slot in (slot for slot, filled in plan.slots.items() if filled):
+            if slot == "store" and slot in owners:
+                assert plan.store is not None
+                stored = owners[slot].store
+                assert stored is not None
+                owners[slot] = replace(owners[slot], store=stored.then(plan.store))
+                continue
             if slot in owners:
                 raise InputError(
                     f"two plans fill the slot {slot!r}", got=f"{owners[slot].method} and {plan.method}",
@@ -121,10 +127,14 @@ def compose(*plans: Plan) -> Plan:
 
 def conflicts(plan: Plan) -> None:
     """Raise InputError when the slots of a plan contradict one another."""
-    if plan.store is None or plan.keep is None:
+    if plan.store is None:
         return
     keep, store = plan.keep, plan.store
-    layers, kv_heads = store.index.shape
+    for encoding in (*store.keys, *store.values):
+        encoding.check(plan.model["kv_heads"], plan.model["head_dim"])
+    if keep is None:
+        return
+    layers, _ = store.index.shape
     for layer in range(layers):
         for number in store.index[layer].unique().tolist():
             if number < 0:

@@ -35,9 +35,8 @@ def dump(value: Any, name: str, tensors: Tensors) -> Any:
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Record):
-        inner = {
-            field.name: dump(getattr(value, field.name), f"{name}.{field.name}", tensors) for field in fields(value)
-        }  # type: ignore[arg-type]
+        names = [field.name for field in fields(value)]  # type: ignore[arg-type]
+        inner = {field: dump(getattr(value, field), f"{name}.{field}", tensors) for field in names}
         return {"kind": type(value).__name__, **inner}
     if isinstance(value, tuple):
         return [dump(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]

@@ -5,6 +5,7 @@ Shapes: L layers, K KV heads. It knows no method by name.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,6 +138,22 @@ class Store(Record):
     def lossless(self) -> bool:
         used = [number for number in self.index.unique().tolist() if number != RAW]
         return all(self.keys[number].lossless and self.values[number].lossless for number in used)
+
+    def then(self, other: Store) -> Store:
+        """Both encodings, one after the other, for every KV head; the longer windows, and blocks that suit both."""
+        pairs: dict[tuple[int, int], int] = {}
+        index = torch.full_like(self.index, RAW)
+        for at in torch.cartesian_prod(*(torch.arange(size) for size in self.index.shape)).tolist():
+            pair = (int(self.index[tuple(at)]), int(other.index[tuple(at)]))
+            if pair != (RAW, RAW):
+                index[tuple(at)] = pairs.setdefault(pair, len(pairs))
+        sides = []
+        for side in ("keys", "values"):
+            palettes = [(*getattr(store, side), Encoding()) for store in (self, other)]  # RAW is the last one
+            sides.append(tuple(palettes[0][first].then(palettes[1][second]) for first, second in pairs))
+        return Store(
+            *sides, index, max(self.sink, other.sink), max(self.recent, other.recent), math.lcm(self.block, other.block)
+        )
 
 
 @dataclass(frozen=True)

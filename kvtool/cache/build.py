@@ -65,7 +65,7 @@ def _lane(
     options: dict[str, Any] = {}
     spec = plan.keep.select if plan.keep is not None else None
     if spec is not None:
-        options["selector"] = Selector(spec, spec.budget[layer, heads])
+        options["selector"] = Selector(spec, spec.budget[layer, heads].tolist())
     if plan.store is not None and policy[1] != RAW:
         store = plan.store
         options |= {

@@ -39,9 +39,18 @@ class Part:
             return self.lanes[0].step(q, k, v, step)
         return self._by_lane(q, lambda lane, part: lane.step(part, k[:, lane.heads], v[:, lane.heads], step))
 
-    def peek(self, q: torch.Tensor, step: Step):
-        """As `Lane.peek`, for all heads of the layer."""
-        return self._by_lane(q, lambda lane, part: lane.peek(part, step))
+    def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step):
+        """As `Lane.trial`, for all heads of the layer."""
+        if len(self.lanes) == 1:
+            return self.lanes[0].trial(q, k, v, step)
+        return self._by_lane(q, lambda lane, part: lane.trial(part, k[:, lane.heads], v[:, lane.heads], step))
+
+    def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """As `Lane.absorb`, for all heads of the layer."""
+        self.fed += k.shape[2]
+        grouped = q.unflatten(1, (k.shape[1], -1))
+        for lane in self.lanes:
+            lane.absorb(k[:, lane.heads], v[:, lane.heads], step, grouped[:, lane.heads].flatten(1, 2))
 
     def _by_lane(self, q: torch.Tensor, work: Callable[[Lane, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]):
         batch, heads, tokens, width = q.shape
@@ -64,13 +73,17 @@ class SegmentLayer(Layer):
         self.make, self.strict, self.by_row, self.finish = make, strict, by_row, finish
         self.parts: list[Part] = []
         self.columns = 0
-        self.scale, self.softcap = 1.0, None
+        self.prefix = 0  # columns that all rows share
+        self.scale = 1.0
+        self.softcap: float | None = None
         self.record = 0  # how many of the newest queries to keep for caches that adopt this one; −1 all
         self.queries: list[torch.Tensor] = []
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         self.scale, self.softcap = call.scale, call.softcap
-        if sum(len(part.rows) for part in self.parts) < len(q):
+        if self.prefix:
+            self._widen(len(q), call)
+        elif sum(len(part.rows) for part in self.parts) < len(q):
             self._admit(len(q), self.columns + q.shape[2], call)
         if q.shape[2] == 1 and self.columns:
             self.finish()
@@ -84,12 +97,24 @@ class SegmentLayer(Layer):
             for part in self.parts:
                 skip = max(0, part.padding - start)
                 if skip < q.shape[2]:
-                    x, y = part.step(*(t[part.rows, :, skip:] for t in (q, k, v)), self._step(part))
-                    out[part.rows, :, skip:], lse[part.rows, :, skip:] = x, y
-        if call.sink_logits is not None:  # a learned logit with value 0 takes part in the softmax
-            share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
-            out = (out * share[..., None]).to(q.dtype)
-        return out
+                    at = (part.rows, slice(None), slice(skip, None))
+                    out[at], lse[at] = part.step(q[at], k[at], v[at], self._step(part))
+        return _with_sink_logits(out, lse, call)
+
+    def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
+        """As `Lane.trial`, for the one row that is held."""
+        self.scale, self.softcap = call.scale, call.softcap
+        return _with_sink_logits(*self.parts[0].trial(q, k, v, self._step(self.parts[0])), call)
+
+    def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """As `Lane.absorb`, for the one row that is held."""
+        self.parts[0].absorb(q, k, v, self._step(self.parts[0]))
+        self.columns += k.shape[2]
+
+    @property
+    def single(self) -> bool:
+        """Is one row held, without padding?"""
+        return len(self.parts) == 1 and self.parts[0].rows == [0] and not self.parts[0].padding
 
     def _step(self, part: Part) -> Step:
         return Step(part.fed, self.scale, self.softcap, self.strict, part.origin)
@@ -113,6 +138,13 @@ class SegmentLayer(Layer):
             part = Part(rows, pad, self.make())
             part.origin = 0 if places is None else int(places[rows[0], max(0, pad - self.columns)])
             self.parts.append(part)
+
+    def _widen(self, batch: int, call: Attention) -> None:
+        """The first tokens after a shared prefix say how many rows go on from it."""
+        if call.padding is not None and not bool(call.padding.all()):
+            raise InputError("continuations of a shared prefix cannot be padded", remedy="feed equal lengths together")
+        if self.columns == self.prefix and len(self.parts[0].rows) == 1:
+            self._take(torch.zeros(batch, dtype=torch.long))
 
     def _remember(self, q: torch.Tensor) -> None:
         """Keep the newest queries; the last chunk may bring more than are asked for."""
@@ -142,12 +174,20 @@ class SegmentLayer(Layer):
             part.fed = other.columns
         self.columns = other.columns
 
+    def follow(self, other: SegmentLayer) -> None:
+        """Go on from what `other` holds, one row without padding, and leave it alone."""
+        (theirs,) = other.parts
+        part = Part([0], 0, [lane.branch() for lane in theirs.lanes])
+        part.fed, part.origin = theirs.fed, theirs.origin
+        self.parts, self.columns, self.prefix = [part], other.columns, other.columns
+        self.scale, self.softcap = other.scale, other.softcap
+
     def lanes(self) -> Iterator[Lane]:
         """All lanes of all parts."""
         return (lane for part in self.parts for lane in part.lanes)
 
     def reset(self) -> None:
-        self.columns, self.parts, self.queries = 0, [], []
+        self.columns, self.prefix, self.parts, self.queries = 0, 0, [], []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._take(beam_idx)
@@ -162,7 +202,7 @@ class SegmentLayer(Layer):
                 lane.reorder(local)
             part.rows = rows
         self.parts = [part for part in self.parts if part.rows]
-        if self.by_row and any(len(part.rows) > 1 for part in self.parts):
+        if self.by_row and not self.prefix and any(len(part.rows) > 1 for part in self.parts):
             raise InputError(
                 "rows of this plan's cache hold different entries and cannot be repeated",
                 remedy="use one beam, or a plan whose budget does not depend on the prompt",
@@ -189,6 +229,9 @@ class SegmentCache(Cache):
     see there ("strict", in which chunked prefill, prefill at once and decode are all the same function, as long as no
     score selects entries). Decode is compressed either way. `prompt_length` (tokens) resolves windows that are a share
     of the prompt; raises InputError if a plan needs it and it is missing.
+
+    `prefix` is another cache of the same plan, fed one sequence: every row of the batch goes on from there, and the
+    prefix itself, which stays as it is, is held once for all. Windows are small and change: each row has its own.
     """
 
     def __init__(
@@ -198,17 +241,21 @@ class SegmentCache(Cache):
         *,
         protocol: Protocol = "official",
         prompt_length: int | None = None,
+        prefix: SegmentCache | None = None,
     ):
         if protocol not in ("official", "strict"):
             raise InputError("unknown protocol", got=protocol, expected="official or strict")
         self.protocol: Protocol = protocol
-        self.plan = plan
-        if plan is not None:
+        self.plan, self.network = plan, model.network
+        if prefix is not None:
+            self._check(prefix)
+        elif plan is not None:
             plan.check(model.fingerprint)
             conflicts(plan)
-            if plan.keep is not None and plan.keep.recent_ratio and prompt_length is None:
+            shared = plan.keep is not None and bool(plan.keep.recent_ratio) and not bool(plan.keep.full.all())
+            if shared and prompt_length is None:
                 raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
-        self.finished = plan is None or plan.keep is None or plan.keep.select is None
+        self.finished = prefix is not None or plan is None or plan.keep is None or plan.keep.select is None
         layers = [
             SegmentLayer(
                 lambda index=index: lanes(model, plan, index, prompt_length or 0),  # type: ignore[misc]
@@ -220,6 +267,31 @@ class SegmentCache(Cache):
         ]
         self.segments = layers
         super().__init__(layers=list(layers))
+        if prefix is not None:
+            for mine, theirs in zip(self.segments, prefix.segments, strict=True):
+                mine.follow(theirs)
+
+    def _check(self, prefix: SegmentCache) -> None:
+        """Raise InputError unless every row of this cache can go on from what `prefix` holds."""
+        if prefix.network is not self.network:
+            raise InputError("the shared prefix was computed by another model")
+        if prefix.plan is not self.plan or prefix.protocol != self.protocol:
+            raise InputError(
+                "the shared prefix was made under another plan or protocol",
+                remedy="pass the prefix's own: SegmentCache(model, prefix.plan, protocol=prefix.protocol, prefix=prefix)",
+            )
+        if not prefix.single:
+            raise InputError("a shared prefix is one sequence without padding, fed before it is shared")
+        if not prefix.finished:
+            raise InputError(
+                "the plan selects entries by a score once the prompt is in", got="a prefix that is not finished",
+                remedy="call prefix.finish(): the prefix alone is then what is selected from",
+            )  # fmt: skip
+
+    @property
+    def single(self) -> bool:
+        """Is one row held, without padding?"""
+        return all(layer.single for layer in self.segments)
 
     def finish(self) -> None:
         """The prompt is in: what a score selects is selected now, and the rest is freed. The first decode step calls
@@ -276,3 +348,11 @@ class SegmentCache(Cache):
 
     def _all(self) -> Iterator[Lane]:
         return (lane for layer in self.segments for lane in layer.lanes())
+
+
+def _with_sink_logits(out: torch.Tensor, lse: torch.Tensor, call: Attention) -> torch.Tensor:
+    """out [B,H,T,D] after the model's learned logits, whose value is 0, took part in the softmax."""
+    if call.sink_logits is None:
+        return out
+    share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
+    return (out * share[..., None]).to(out.dtype)

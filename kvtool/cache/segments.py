@@ -22,13 +22,21 @@ from kvtool.rotary import Rotary
 from kvtool_kernels.ops import attend, attend_packed, merge
 
 GROWTH = 64  # entries by which a dense buffer grows: the slack that is held but not yet used
+HOST = torch.device("cpu")
 BLOCK = 2048  # entries decoded at a time where attention cannot read the written form
 
 
 class Segment(ABC):
-    """`length` entries in order."""
+    """`length` entries in order.
+
+    `slow`: they live in host memory wherever the model is, and what attention needs of them is fetched from there.
+    `moved` counts the bytes fetched; with the model in host memory too nothing moves, but the count is the same.
+    """
 
     length: int = 0
+    slow: bool = False
+    moved: int = 0
+    device: torch.device = HOST  # the model's
 
     @abstractmethod
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -43,6 +51,10 @@ class Segment(ABC):
         """Entries low … high − 1 as attention sees them."""
 
     @abstractmethod
+    def keys(self, low: int = 0, high: int | None = None) -> torch.Tensor:
+        """Only the keys of `recall`."""
+
+    @abstractmethod
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries of the units int64 [B,K,M], `unit` consecutive entries each: k, v [B,K,M·unit,D]."""
 
@@ -54,20 +66,36 @@ class Segment(ABC):
     def reorder(self, rows: torch.Tensor) -> None:
         """Select batch rows."""
 
+    @abstractmethod
+    def key_bytes(self) -> int:
+        """Bytes of all keys in use."""
+
     def read_bytes(self) -> int:
         """Bytes of all entries in use."""
         return sum(buffer.nbytes for buffer in self.buffers())
+
+    def _put(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(HOST) if self.slow else x
+
+    def _fetch(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.slow:
+            return x
+        self.moved += x.nbytes
+        return x.to(self.device)
 
 
 class Dense(Segment):
     """Entries as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, slow: bool = False) -> None:
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
+        self.slow = slow
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.k, self.v = _append(self.k, k, self.length), _append(self.v, v, self.length)
+        self.device = k.device
+        self.k = _append(self.k, self._put(k), self.length)
+        self.v = _append(self.v, self._put(v), self.length)
         self.length += k.shape[2]
 
     def attend(self, q: torch.Tensor, step: Step, *, causal: bool = False) -> Partial:
@@ -76,10 +104,13 @@ class Dense(Segment):
         return attend(q, k, v, causal=causal, **step.options)
 
     def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.k is not None
         assert self.v is not None
         high = self.length if high is None else high
-        return self.k[:, :, low:high], self.v[:, :, low:high]
+        return self.keys(low, high), self._fetch(self.v[:, :, low:high])
+
+    def keys(self, low: int = 0, high: int | None = None) -> torch.Tensor:
+        assert self.k is not None
+        return self._fetch(self.k[:, :, low : self.length if high is None else high])
 
     def pop(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the first `count` entries out; their memory is given back."""
@@ -98,13 +129,18 @@ class Dense(Segment):
         self.k, self.v, self.length = k.gather(2, full), v.gather(2, full), index.shape[2]
 
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        index = _entries(units, unit)[..., None]
-        k, v = self.recall()
-        return tuple(x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+        assert self.k is not None
+        assert self.v is not None
+        index = _entries(units, unit)[..., None].to(self.k.device)
+        k, v = (self._fetch(x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))) for x in (self.k, self.v))
+        return k, v
 
     def buffers(self) -> Iterator[torch.Tensor]:
         if self.k is not None and self.v is not None:
             yield from (self.k, self.v)
+
+    def key_bytes(self) -> int:
+        return 0 if self.k is None else self.k.nbytes // self.k.shape[2] * self.length
 
     def read_bytes(self) -> int:
         return sum(buffer.nbytes // buffer.shape[2] * self.length for buffer in self.buffers())
@@ -121,19 +157,19 @@ class Coded(Segment):
     [B,K,S], for them.
     """
 
-    def __init__(self, key: Encoding, value: Encoding, rotary: Rotary | None = None):
-        self.key, self.value, self.rotary = key, value, rotary
+    def __init__(self, key: Encoding, value: Encoding, rotary: Rotary | None = None, *, slow: bool = False):
+        self.key, self.value, self.rotary, self.slow = key, value, rotary, slow
         self.parts: dict[str, Parts] = {}
         self.width = (0, 0)
         self.positions: Callable[[int, int], torch.Tensor] = lambda low, high: torch.arange(low, high)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         count = k.shape[2]
-        self.width, self.dtype = (k.shape[-1], v.shape[-1]), k.dtype
+        self.width, self.dtype, self.device = (k.shape[-1], v.shape[-1]), k.dtype, k.device
         if not self.key.rotated:
             k = self._turn(k, self.length, self.length + count, back=True)
         for side, encoding, x in (("key", self.key, k), ("value", self.value, v)):
-            made = encoding.encode(x)
+            made = {n: self._put(tensor) for n, tensor in encoding.encode(x).items()}
             held = self.parts.get(side)
             if held is None:
                 self.parts[side] = {n: _own(tensor) for n, tensor in made.items()}
@@ -152,8 +188,9 @@ class Coded(Segment):
             return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
         keys, values = self.key.packed(self.parts["key"]), self.value.packed(self.parts["value"])
         alike = self.key.joined == self.value.joined
-        if keys is not None and values is not None and alike and step.softcap is None and q.dtype != torch.float64:
-            return self._direct(q, keys, values, step)  # kernels compute in fp32
+        near = not self.slow and q.dtype != torch.float64  # kernels read the model's memory and compute in fp32
+        if keys is not None and values is not None and alike and step.softcap is None and near:
+            return self._direct(q, keys, values, step)
         out: Partial | None = None
         for low in range(0, self.length, BLOCK):
             k, v = self.recall(low, min(low + BLOCK, self.length))
@@ -188,21 +225,24 @@ class Coded(Segment):
     def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoded entries; `low` must stand at a block's border."""
         high = self.length if high is None else high
-        k = self.key.decode(self._cut("key", self.key, low, high), self.width[0])
         v = self.value.decode(self._cut("value", self.value, low, high), self.width[1])
-        k, v = k[:, :, : high - low].to(self.dtype), v[:, :, : high - low].to(self.dtype)
-        return (k if self.key.rotated else self._turn(k, low, high, back=False)), v
+        return self.keys(low, high), v[:, :, : high - low].to(self.dtype)
+
+    def keys(self, low: int = 0, high: int | None = None) -> torch.Tensor:
+        high = self.length if high is None else high
+        k = self.key.decode(self._cut("key", self.key, low, high), self.width[0])[:, :, : high - low].to(self.dtype)
+        return k if self.key.rotated else self._turn(k, low, high, back=False)
 
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Only the chosen units are decoded, as long as no transform mixes heads, whose units differ."""
         block = math.lcm(self.key.block, self.value.block)
         if unit % block or self.key.joined > 1 or self.value.joined > 1:
-            k, v = self.recall()
             index = _entries(units, unit)[..., None]
-            return tuple(x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+            k, v = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in self.recall())
+            return k, v
         sides = []
         for side, encoding, width in (("key", self.key, self.width[0]), ("value", self.value, self.width[1])):
-            chosen = {n: _units(t, units, unit * t.shape[2] // self.length) for n, t in self.parts[side].items()}
+            chosen = {n: self._units(t, units, unit) for n, t in self.parts[side].items()}
             sides.append(encoding.decode(chosen, width).to(self.dtype))
         if not self.key.rotated:
             assert self.rotary is not None
@@ -212,6 +252,12 @@ class Coded(Segment):
             sides[0] = self.rotary.rotate(sides[0], self.rotary.table(positions))
         return sides[0], sides[1]
 
+    def _units(self, part: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
+        """The chosen units' share of a part [B,K,S/per,...], of which an index holds `per` entries."""
+        index = _entries(units, unit * part.shape[2] // self.length).to(part.device)
+        shape = (*index.shape, *part.shape[3:])
+        return self._fetch(part.gather(2, index.reshape(*index.shape, *[1] * (part.dim() - 3)).expand(shape)))
+
     def _cut(self, side: str, encoding: Encoding, low: int, high: int) -> Parts:
         """The parts of the blocks that hold entries low … high − 1."""
         assert low % encoding.block == 0
@@ -219,12 +265,15 @@ class Coded(Segment):
         cut = {}
         for name, tensor in self.parts[side].items():
             per = self.length // tensor.shape[2]  # entries that share one index of axis 2
-            cut[name] = tensor[:, :, low // per : -(-high // per)]
+            cut[name] = self._fetch(tensor[:, :, low // per : -(-high // per)])
         return cut
 
     def buffers(self) -> Iterator[torch.Tensor]:
         for parts in self.parts.values():
             yield from parts.values()
+
+    def key_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.parts.get("key", {}).values())
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.parts = {side: {n: t[rows] for n, t in parts.items()} for side, parts in self.parts.items()}
@@ -233,13 +282,6 @@ class Coded(Segment):
 def _entries(units: torch.Tensor, unit: int) -> torch.Tensor:
     """int64 [B,K,M] units → their entries [B,K,M·unit]."""
     return (units[..., None] * unit + torch.arange(unit, device=units.device)).flatten(2)
-
-
-def _units(tensor: torch.Tensor, units: torch.Tensor, per: int) -> torch.Tensor:
-    """tensor [B,K,U·per,...] → the chosen units' [B,K,M·per,...]."""
-    index = _entries(units, per)
-    shape = (*index.shape, *tensor.shape[3:])
-    return tensor.gather(2, index.reshape(*index.shape, *[1] * (tensor.dim() - 3)).expand(shape))
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,9 @@ PROBED = 0.05  # share of the newest queries, and of the others, that "probes" l
 
 
 class Selector:
-    """`budget` fp32 [K]: of the lane's heads, as in `Select`."""
+    """`budget`: of each of the lane's heads, as in `Select`."""
 
-    def __init__(self, spec: Select, budget: torch.Tensor):
+    def __init__(self, spec: Select, budget: list[float]):
         self.spec, self.budget = spec, budget
         self.rule = registry.module("cache/scores", spec.score, "score")
         self.queries: list[torch.Tensor] = []
@@ -71,18 +71,19 @@ class Selector:
 
     def _grouped(self, scores: torch.Tensor, kv_heads: int) -> torch.Tensor:
         split = scores.unflatten(1, (kv_heads, -1))
-        return {"mean": split.mean, "sum": split.sum, "max": split.amax}[self.spec.group](2)
+        return reduced(split, self.spec.group, 2)
 
     def _pooled(self, scores: torch.Tensor) -> torch.Tensor:
         if self.spec.pool == "none" or self.spec.kernel == 1:
             return scores
-        pool = {"mean": torch.nn.functional.avg_pool1d, "max": torch.nn.functional.max_pool1d}[self.spec.pool]
-        return pool(scores, self.spec.kernel, stride=1, padding=self.spec.kernel // 2)[..., : scores.shape[2]]
+        size, entries = self.spec.kernel, scores.shape[2]
+        if self.spec.pool == "mean":
+            return torch.nn.functional.avg_pool1d(scores, size, 1, size // 2)[..., :entries]
+        return torch.nn.functional.max_pool1d(scores, size, 1, size // 2)[..., :entries]
 
     def counts(self, entries: int) -> list[int]:
         """Entries that each head may keep of `entries`."""
-        shares = self.budget.tolist()
-        return [min(entries, max(1, round(b * entries) if b <= 1 else int(b))) for b in shares]
+        return [min(entries, max(1, round(b * entries) if b <= 1 else int(b))) for b in self.budget]
 
     def choose(self, scores: torch.Tensor, count: int) -> torch.Tensor:
         """The `count` best of scores [B,K,S], in order: int64 [B,K,count]. Ties go to the newer entry."""
@@ -128,6 +129,11 @@ class Selector:
     def reorder(self, rows: torch.Tensor) -> None:
         self.queries = [q[rows] for q in self.queries]
         self.running = None if self.running is None else self.running[rows]
+
+
+def reduced(scores: torch.Tensor, how: str, axis: int) -> torch.Tensor:
+    """The GQA group's query heads, on `axis`, become one score: "mean", "max" or "sum"."""
+    return scores.amax(axis) if how == "max" else scores.mean(axis) if how == "mean" else scores.sum(axis)
 
 
 def merged(

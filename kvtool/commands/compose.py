@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 from kvtool import files, plan
@@ -14,6 +13,6 @@ def run(paths: list[str], output: str, force: bool) -> dict[str, Any]:
     files.check_output(output, force=force)
     if len(paths) < 2:
         raise InputError("nothing to compose", got=f"{len(paths)} plan", expected="two or more")
-    joined = reduce(plan.compose, [plan.read(path) for path in paths])
+    joined = plan.compose(*[plan.read(path) for path in paths])
     joined.write(output, force=force)
     return {"output": output, "kind": "plan", "method": joined.method, "slots": joined.slots}

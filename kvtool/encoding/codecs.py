@@ -10,7 +10,7 @@ without decoding (see `kvtool_kernels/packed.py`), a dense tensor for codecs tha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,10 @@ class Codec(Record, ABC):
     @abstractmethod
     def decode(self, parts: Parts, width: int) -> torch.Tensor:
         """ẑ fp32 [B,K,S,r], r = `width`."""
+
+    def heads(self, indices: list[int]) -> Codec:
+        """The codec of these heads of the layer."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,10 @@ class Levels(Codec):
             if made.zero is not None:
                 parts["zero"] = made.zero
         return parts
+
+    def heads(self, indices: list[int]) -> Levels:
+        fixed = [x if x is None or len(x) == 1 else x[indices] for x in (self.scale, self.zero)]
+        return replace(self, scale=fixed[0], zero=fixed[1])
 
     def _fixed(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.to(device)[None, :, None]

@@ -54,6 +54,25 @@ class Encoding(Record):
         """How many neighbouring KV heads the transforms mix."""
         return math.prod(step.joined() for step in self.transforms)
 
+    def then(self, other: Encoding) -> Encoding:
+        """Both, one after the other: the transforms of the first, then everything of the second."""
+        if self.lossless and self.outliers is None and self.error is None:
+            return other
+        if other.lossless and other.outliers is None and other.error is None:
+            return self
+        if not self.codec.lossless or self.outliers is not None or self.error is not None:
+            raise InputError(
+                "both plans write numbers down", got=f"{type(self.codec).__name__} and {type(other.codec).__name__}",
+                expected="a first plan that only transforms", remedy="put the plan with the transform first",
+            )  # fmt: skip
+        if self.rotated and not other.rotated and not all(step.commutes for step in self.transforms):
+            raise InputError(
+                "the first plan transforms keys after RoPE, the second stores them before it",
+                remedy="calibrate both for keys on the same side of RoPE",
+            )
+        rotated = self.rotated and other.rotated
+        return replace(other, transforms=self.transforms + other.transforms, rotated=rotated)
+
     def check(self, kv_heads: int, width: int) -> None:
         """Raise InputError unless this can encode `kv_heads` heads of `width` channels."""
         if kv_heads % self.joined:
@@ -75,12 +94,8 @@ class Encoding(Record):
                 "a transform mixes KV heads that do not hold the same entries", got=f"heads {indices} of {of}",
                 remedy="compose with a plan that keeps the same entries in every head, or stores heads apart",
             )  # fmt: skip
-        codec = self.codec
-        for name in ("scale", "zero"):
-            fixed = getattr(codec, name, None)
-            if isinstance(fixed, torch.Tensor) and len(fixed) > 1:
-                codec = replace(codec, **{name: fixed[indices]})
-        return replace(self, codec=codec, transforms=tuple(step.heads(indices) for step in self.transforms))
+        steps = tuple(step.heads(indices) for step in self.transforms)
+        return replace(self, codec=self.codec.heads(indices), transforms=steps)
 
     def encode(self, x: torch.Tensor) -> Parts:
         """x [B,K,S,D], S a multiple of `block`."""

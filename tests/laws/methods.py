@@ -27,11 +27,12 @@ Options = dict[str, Any]
 @dataclass(frozen=True)
 class Row:
     """tiny: lossy within a few tokens. lossless: on sequences of up to 900 tokens. ladder: growing budgets for the
-    induction model and repeats of 24 tokens, the last one lossless."""
+    induction model and repeats of 24 tokens, the last one lossless. loss: nats that the first one costs at least."""
 
     tiny: tuple[Options, ...]
     lossless: tuple[Options, ...]
     ladder: tuple[Options, ...]
+    loss: float = 1.0
 
 
 DUO: Options = dict(steps=3, lengths=(160,), passkeys=1)
@@ -48,6 +49,22 @@ ROWS = {
             dict(induction=share, echo=0.0, sink=1, recent=4, recent_ratio=0.0, compensate=False)
             for share in (0.0, 0.125, 0.5, 1.0)
         ),
+    ),
+    "kivi": Row(
+        tiny=(dict(bits=2, group=8, recent=3, block=8), dict(bits=4, group=8, recent=0, block=16, sink=2)),
+        lossless=(dict(group=8, recent=900, block=8),),
+        ladder=tuple(dict(bits=bits, group=8, recent=0, block=8) for bits in (1, 2, 4, 8)),
+        loss=1e-3,  # keys made of zeros and ones survive much
+    ),
+    "snapkv": Row(
+        tiny=(dict(budget=0.4, window=3, kernel=3), dict(budget=9, window=2, kernel=1, pool="none", sink=1)),
+        lossless=(dict(budget=1.0),),
+        ladder=tuple(dict(budget=share, window=2, kernel=3) for share in (0.05, 0.2, 0.5, 1.0)),
+    ),
+    "quest": Row(
+        tiny=(dict(budget=0.3, page=4, dense=1, recent=3), dict(budget=5, page=1, dense=0, sink=2, recent=1)),
+        lossless=(dict(budget=1.0, page=4), dict(recent=900)),
+        ladder=tuple(dict(budget=share, page=4, dense=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
     ),
     "duo": Row(
         tiny=(DUO | dict(full=0.4, sink=2, recent=5),),
@@ -90,6 +107,31 @@ def ragged(model: Model, *, seed: int = 0, position: str = "original", compensat
 # What the laws are parametrised over: lossy settings of every method, and one plan that no method makes.
 TINY = [f"{name}-{index}" for name, row in ROWS.items() for index in range(len(row.tiny))] + ["ragged"]
 LOSSLESS = [f"{name}-{index}" for name, row in ROWS.items() for index in range(len(row.lossless))]
+
+
+def on(case: str, model: Model) -> tuple[Model, Plan]:
+    """A case of `TINY` and the model to run it on: in fp64 where a plan rounds or ranks numbers, since both jump."""
+    made = tiny(case, model.name)
+    select = made.keep is not None and made.keep.select is not None
+    jumps = made.slots["store"] or made.slots["read"] or select
+    return (models.double(model.name) if jumps else model), made
+
+
+def selects(case: str) -> bool:
+    """Is this case's cache thinned by a score at the end of the prompt, so that it matters where the prompt ends?"""
+    keep = tiny(case, "llama").keep
+    return keep is not None and keep.select is not None
+
+
+def looks_at_queries(case: str) -> bool:
+    """Does a KV head decide by its own queries? Then copies of it, with fewer queries each, may decide otherwise."""
+    return selects(case) or tiny(case, "llama").slots["read"]
+
+
+def sees_channels(case: str) -> bool:
+    """Does this case look at single channels of rotated keys, which change with the origin of positions?"""
+    made = tiny(case, "llama")
+    return made.slots["read"] or (made.store is not None and any(encoding.rotated for encoding in made.store.keys))
 
 
 @functools.cache

@@ -28,6 +28,7 @@ class _Run:
     start: list[int]  # of each row: columns fed before the row's chunk
     alone: list[bool]  # is the row a chunk of one token after a prompt (a decode step)?
     strict: bool
+    prompt: int  # the first row that is a decode step: what comes before it is the prompt
     tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -44,7 +45,7 @@ def dense(
         start += [fed] * count
         alone += [count == 1 and fed > 0] * count
         fed += count
-    _run = _Run(plan, start, alone, strict)
+    _run = _Run(plan, start, alone, strict, alone.index(True) if True in alone else len(alone))
     try:
         with _served(model.network, _run), torch.no_grad():
             return model.network(input_ids=ids[None]).logits[0]
@@ -77,7 +78,10 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
     window, softcap, sink_logits = kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")
     keep = run.plan.keep if run.plan is not None else None
     out = torch.empty_like(query)
-    coded = _coded(module, run, key, value) if run.plan is not None and run.plan.store is not None else {}
+    chosen = _chosen(run, layer, query, key, value, scale, softcap) if window is None else {}
+    orders = {head: _order(run, chosen.get(head), key.shape[2]) for head in range(key.shape[1])}
+    stored = run.plan is not None and run.plan.store is not None
+    coded = _coded(module, run, key, value, orders) if stored else {}
     for head in range(key.shape[1]):
         heads = slice(head * group, (head + 1) * group)
         sink, recent, compensate = 0, EVERYTHING, False
@@ -93,10 +97,12 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
             first = 0 if everything else max(first, 0)
             nearest = max(first, 0 if window is None else row - window + 1)
             seen = [j for j in range(row + 1) if j < sink or j >= nearest]
+            if head in chosen and everything and row >= run.prompt:
+                seen = [j for j in orders[head] if j <= row]
             dropped = list(range(sink, first))
             k_row, v_row = key[:, head : head + 1], value[:, head : head + 1]
             if head in coded and everything:
-                k_row, v_row = _as_seen(run, row, (k_row, v_row), coded[head])
+                k_row, v_row = _as_seen(run, row, (k_row, v_row), coded[head], orders[head], head in chosen)
             q, k, v = query[:, heads, row : row + 1], k_row[:, :, seen], _wide(v_row[0, 0, seen])
             if keep is not None and keep.position == "reindex" and dropped:
                 place = torch.tensor([j if j < sink else j - len(dropped) for j in seen])
@@ -119,29 +125,70 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
     return out.transpose(1, 2).contiguous(), None
 
 
+def _chosen(run: _Run, layer: int, query, key, value, scale: float, softcap: float | None) -> dict[int, list[int]]:
+    """KV head → the entries of the prompt that a selection by attention keeps, entry by entry from the definition."""
+    keep = run.plan.keep if run.plan is not None else None
+    if keep is None or keep.select is None or run.prompt > key.shape[2]:
+        return {}
+    spec, n, group = keep.select, run.prompt, query.shape[1] // key.shape[1]
+    rows = {"last": range(max(0, n - spec.observed), n), "all": range(n)}[spec.observe]
+    found, scores = {}, {}
+    for head in range(key.shape[1]):
+        each = torch.zeros(group, n, dtype=torch.float64)
+        for g in range(group):
+            for row in rows:
+                logits = scale * _wide(key[0, head, : row + 1]) @ _wide(query[0, head * group + g, row])
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                each[g, : row + 1] += torch.softmax(logits.double(), 0)
+        each /= torch.tensor([max(1, sum(row >= j for row in rows)) for j in range(n)])
+        half = spec.kernel // 2
+        if spec.pool == "max":
+            each = torch.stack([each[:, max(0, j - half) : j + half + 1].amax(1) for j in range(n)], 1)
+        total = {"mean": each.mean(0), "max": each.amax(0), "sum": each.sum(0)}[spec.group]
+        total[: spec.sink] = total[n - spec.recent :] = float("inf")
+        scores[head] = total
+        budget = float(spec.budget[layer, head])
+        count = min(n, max(1, round(budget * n) if budget <= 1 else int(budget)))
+        found[head] = sorted(sorted(range(n), key=lambda j: float(total[j]))[n - count :])
+    if spec.spread == "layer" and spec.floor == 0:
+        common = sum(len(positions) for positions in found.values())
+        best = sorted(((float(s[j]), h, j) for h, s in scores.items() for j in range(n)), reverse=True)[:common]
+        found = {h: sorted(j for _, owner, j in best if owner == h) for h in scores}
+    return found
+
+
+def _order(run: _Run, chosen: list[int] | None, tokens: int) -> list[int]:
+    """Every entry that ever stands in a head's list, in order."""
+    return list(range(tokens)) if chosen is None else [*chosen, *range(run.prompt, tokens)]
+
+
 def _coded(
-    module: Any, run: _Run, key: torch.Tensor, value: torch.Tensor
+    module: Any, run: _Run, key: torch.Tensor, value: torch.Tensor, orders: dict[int, list[int]]
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """KV head → its keys and values as the store gives them back, [1,1,T,D] each; whole blocks only, the rest as it is."""
+    """KV head → its list's coded entries as the store gives them back, [1,1,n,D] each: whole blocks, from the sinks on."""
     store, layer, found = run.plan.store, module.layer_idx, {}
-    whole = max(0, key.shape[2] - store.sink) // store.block * store.block
     for number in store.index[layer].unique().tolist():
         heads = (store.index[layer] == number).nonzero().flatten().tolist()
+        whole = min(max(0, len(orders[head]) - store.sink) // store.block * store.block for head in heads)
         if number < 0 or not whole:
             continue
-        places, sides = torch.arange(store.sink, store.sink + whole), []
-        for encoding, x in (
-            (store.keys[number].heads(heads, key.shape[1]), key),
-            (store.values[number].heads(heads, key.shape[1]), value),
+        for group in (
+            [heads] if store.keys[number].joined > 1 or store.values[number].joined > 1 else [[h] for h in heads]
         ):
-            held = x[:, heads, store.sink : store.sink + whole]
-            stretch = _stretch(run.tables[module][0][:, :1] if not encoding.rotated else None, x)
-            bare = held if encoding.rotated else _moved(module, run, held, places, 0 * places) / stretch
-            blocks = [encoding.decode(encoding.encode(b), x.shape[-1]) for b in bare.split(store.block, 2)]
-            back = torch.cat(blocks, dim=2).to(x.dtype)
-            sides.append(back if encoding.rotated else _moved(module, run, back * stretch, 0 * places, places))
-        for at, head in enumerate(heads):
-            found[head] = (sides[0][:, at : at + 1], sides[1][:, at : at + 1])
+            places, sides = torch.tensor(orders[group[0]][store.sink : store.sink + whole]), []
+            for encoding, x in (
+                (store.keys[number].heads(group, key.shape[1]), key),
+                (store.values[number].heads(group, key.shape[1]), value),
+            ):
+                held = x[:, group][:, :, places]
+                stretch = _stretch(run.tables[module][0][:, :1] if not encoding.rotated else None, x)
+                bare = held if encoding.rotated else _moved(module, run, held, places, 0 * places) / stretch
+                blocks = [encoding.decode(encoding.encode(b), x.shape[-1]) for b in bare.split(store.block, 2)]
+                back = torch.cat(blocks, dim=2).to(x.dtype)
+                sides.append(back if encoding.rotated else _moved(module, run, back * stretch, 0 * places, places))
+            for at, head in enumerate(group):
+                found[head] = (sides[0][:, at : at + 1], sides[1][:, at : at + 1])
     return found
 
 
@@ -153,17 +200,20 @@ def _stretch(cosine: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
 
 
 def _as_seen(
-    run: _Run, row: int, raw: tuple[torch.Tensor, torch.Tensor], coded: tuple[torch.Tensor, torch.Tensor]
-) -> list[torch.Tensor]:
+    run: _Run, row: int, raw: tuple[torch.Tensor, torch.Tensor], coded: tuple[torch.Tensor, torch.Tensor],
+    order: list[int], selected: bool,
+) -> list[torch.Tensor]:  # fmt: skip
     """Keys and values as a row sees them: what had moved into the bulk before it, or before its chunk, is coded."""
     store = run.plan.store
     fed = row if run.strict else run.start[row]
-    count = max(0, fed - store.sink - store.recent) // store.block * store.block
-    at = slice(store.sink, store.sink + count)
-    return [
-        torch.cat([r[:, :, : at.start], c[:, :, :count], r[:, :, at.stop :]], dim=2)
-        for r, c in zip(raw, coded, strict=True)
-    ]
+    if selected and row < run.prompt:
+        return list(raw)
+    listed = sum(j < fed for j in order)
+    count = max(0, listed - store.sink - store.recent) // store.block * store.block
+    sides = [x.clone() for x in raw]
+    for side, c in zip(sides, coded, strict=True):
+        side[:, :, order[store.sink : store.sink + count]] = c[:, :, :count]
+    return sides
 
 
 def _moved(module: Any, run: _Run, x: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
 from tests import models
-from tests.laws.methods import TINY, ragged, tiny
+from tests.laws.methods import TINY, on, ragged, selects, tiny
 from tests.models import random_ids
 from tests.running import feed, own
 from tests.tolerance import close, error
@@ -27,8 +27,8 @@ IDS = random_ids(2, TOKENS, seed=4)
 
 @functools.cache
 def one_by_one(case: str, name: str) -> torch.Tensor:
-    model = models.shared(name)
-    return feed(model, SegmentCache(model, tiny(case, name), protocol="strict"), IDS, [1] * TOKENS)
+    model, plan = on(case, models.shared(name))
+    return feed(model, SegmentCache(model, plan, protocol="strict"), IDS, [1] * TOKENS)
 
 
 def cut(lengths: list[int]) -> list[int]:
@@ -39,12 +39,24 @@ def cut(lengths: list[int]) -> list[int]:
     return [chunk for chunk in [*chunks, TOKENS - sum(chunks)] if chunk]
 
 
-@pytest.mark.parametrize("case", TINY)
+@pytest.mark.parametrize("case", [case for case in TINY if not selects(case)])
 @settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(lengths=st.lists(st.integers(1, 14), max_size=12))
 def test_any_chunking_is_decode(case: str, model: Model, lengths: list[int]) -> None:
-    cache = SegmentCache(model, tiny(case, model.name), protocol="strict")
-    close(feed(model, cache, IDS, cut(lengths)), one_by_one(case, model.name))
+    name = model.name
+    model, plan = on(case, model)
+    cache = SegmentCache(model, plan, protocol="strict")
+    close(feed(model, cache, IDS, cut(lengths)), one_by_one(case, name), torch.float32)
+
+
+@pytest.mark.parametrize("chunks", [[5, 9, 6], [8, 12]], ids=str)
+@pytest.mark.parametrize("case", [case for case in TINY if selects(case)])
+def test_a_selection_does_not_depend_on_the_prompts_cut(case: str, chunks: list[int], model: Model) -> None:
+    """It depends on where the prompt ends. A chunk of one token after the first is a decode step and ends it."""
+    model, plan = on(case, model)
+    rest = [1] * (TOKENS - 20)
+    whole, cut = (feed(model, SegmentCache(model, plan), IDS, [*prompt, *rest]) for prompt in ([20], chunks))
+    close(cut, whole, torch.float32)
 
 
 @pytest.mark.parametrize("case", TINY)

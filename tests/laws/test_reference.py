@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
-from tests.laws.methods import TINY, ragged, tiny
+from tests.laws.methods import TINY, on, ragged
 from tests.laws.reference import dense
 from tests.models import random_ids
 from tests.running import feed, own
@@ -23,9 +24,10 @@ def test_the_reference_without_a_plan_is_the_model(any_model: Model) -> None:
 @pytest.mark.parametrize("protocol", ["official", "strict"])
 @pytest.mark.parametrize("case", TINY)
 def test_methods(case: str, protocol: str, model: Model) -> None:
-    plan = tiny(case, model.name)
+    model, plan = on(case, model)
     cache = SegmentCache(model, plan, protocol=protocol)
-    close(feed(model, cache, IDS, CHUNKS)[0], dense(model, IDS[0], plan, CHUNKS, strict=protocol == "strict"))
+    expected = dense(model, IDS[0], plan, CHUNKS, strict=protocol == "strict")
+    close(feed(model, cache, IDS, CHUNKS)[0], expected, torch.float32)
 
 
 @pytest.mark.parametrize("protocol", ["official", "strict"])

@@ -1,0 +1,58 @@
+"""SnapKV: what the prompt's last queries look at stays, pooled so that neighbours stay together.
+
+Li et al., arXiv 2404.14469, NeurIPS 2024.
+
+    s_j = mean over the last w queries of their attention to entry j, of all query heads of the KV head;
+    s ← maximum over `kernel` neighbours;   keep the C − w best of the others, and the w last;   memory 2·b·d·L·K·C
+
+Decoded entries are all kept. The score is taken once, from the prompt's own last queries, so a question that comes later
+finds only what this prompt's end asked for. The released code scores each query head and copies the cache to all of
+them; here a KV head keeps one set, chosen by the mean over its group, which is what the bytes pay for. Defaults are the
+paper's (w 32, kernel 5, max pooling) with the budget as a share of the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvtool.errors import InputError
+from kvtool.methods._base import Context, Decision
+from kvtool.options import at_least
+from kvtool.slots import Keep, Select
+
+STATISTICS = ()
+MODEL = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """budget: entries each KV head keeps of the prompt, a share when at most 1, else a count. window: last queries that
+    score, whose entries always stay. kernel: neighbours that are pooled. pool: max, mean or none. sink: first entries
+    that always stay."""
+
+    budget: float = 0.25
+    window: int = 32
+    kernel: int = 5
+    pool: Literal["max", "mean", "none"] = "max"
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "window", "kernel")
+        at_least(0, self, "sink")
+        if self.budget <= 0 or self.kernel % 2 == 0:
+            raise InputError(
+                "bad option", got=f"budget {self.budget}, kernel {self.kernel}", expected="budget > 0, odd kernel"
+            )
+
+
+def calibrate(context: Context, options: Options) -> Decision:
+    g = context.geometry
+    everything = torch.ones(g.layers, g.kv_heads, dtype=torch.bool)
+    select = Select(
+        torch.full((g.layers, g.kv_heads), options.budget), observe="last", observed=options.window, pool=options.pool,
+        kernel=options.kernel, recent=options.window, sink=options.sink,
+    )  # fmt: skip
+    return Decision(Keep.heads(everything, sink=0, recent=1, select=select))
