@@ -6,31 +6,46 @@ PyTorch, which runs on any device.
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+from typing import Any
+
 import torch
 
 from kvtool_kernels.attend import cpu as _attend_cpu
 from kvtool_kernels.attend import reference as _attend_reference
+from kvtool_kernels.attend_packed import cpu as _attend_packed_cpu
 from kvtool_kernels.attend_packed import reference as _attend_packed_reference
 from kvtool_kernels.attention_statistics import blocked as _statistics
 from kvtool_kernels.attention_statistics.reference import Summary
 from kvtool_kernels.hadamard import reference as _hadamard_reference
+from kvtool_kernels.latent import reference as _latent_reference
 from kvtool_kernels.merge import reference as _merge_reference
 from kvtool_kernels.merge.reference import Partial
 from kvtool_kernels.packed import Layout, Packed
 from kvtool_kernels.packing import reference as _packing_reference
+from kvtool_kernels.prefill import reference as _prefill_reference
+from kvtool_kernels.quantize import cpu as _quantize_cpu
 from kvtool_kernels.quantize import reference as _quantize_reference
+from kvtool_kernels.select import reference as _select_reference
 
 __all__ = [
     "attend",
+    "attend_latent",
     "attend_packed",
+    "attend_selected",
     "attention_statistics",
     "dequantize",
     "hadamard",
     "merge",
     "pack",
     "pack_trits",
+    "page_bounds",
+    "page_entries",
+    "page_scores",
     "quantize",
     "quantize_levels",
+    "streaming_prefill",
     "unpack",
     "unpack_trits",
 ]
@@ -47,17 +62,13 @@ def attend(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over one segment with its log-sum-exp; see `attend/reference.py` for the formula and the shapes."""
-    twin = _attend_cpu if q.device.type == "cpu" else _attend_reference
+    twin = _triton("attend") if q.is_cuda else _on_cpu(q, _attend_cpu, _attend_reference)
     return twin.attend(q, k, v, scale=scale, causal=causal, bias=bias, softcap=softcap)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
     """Two partial results over disjoint entries → the result over both; see `merge/reference.py`."""
-    if a[0].is_cuda:
-        from kvtool_kernels.merge import triton as _merge_triton  # only where there is a GPU: Triton is slow to import
-
-        return _merge_triton.merge(a, b)
-    return _merge_reference.merge(a, b)
+    return (_triton("merge") if a[0].is_cuda else _merge_reference).merge(a, b)
 
 
 def attention_statistics(
@@ -77,7 +88,8 @@ def attention_statistics(
     The blocked twin is plain PyTorch and runs on any device; `sink_logits` fp32 [H] join each row's softmax with
     value 0.
     """
-    return _statistics.attention_statistics(
+    twin = _triton("attention_statistics") if q.is_cuda else _statistics
+    return twin.attention_statistics(
         q, k, v, scale=scale, cells=cells, first=first, window=window, softcap=softcap, sink_logits=sink_logits
     )
 
@@ -91,12 +103,14 @@ def attend_packed(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over one coded segment with its log-sum-exp; see `attend_packed/reference.py`."""
-    return _attend_packed_reference.attend_packed(q, keys, values, scale=scale, softcap=softcap)
+    twin = _triton("attend_packed") if q.is_cuda else _on_cpu(q, _attend_packed_cpu, _attend_packed_reference)
+    return twin.attend_packed(q, keys, values, scale=scale, softcap=softcap)
 
 
 def quantize(x: torch.Tensor, *, bits: int, group: int, layout: Layout, clip: float = 1.0) -> Packed:
     """Entries [B,K,S,D] to affine codes with a range per group; see `quantize/reference.py`."""
-    return _quantize_reference.quantize(x, bits=bits, group=group, layout=layout, clip=clip)
+    twin = _triton("quantize") if x.is_cuda else _quantize_reference
+    return twin.quantize(x, bits=bits, group=group, layout=layout, clip=clip)
 
 
 def quantize_levels(
@@ -110,14 +124,15 @@ def quantize_levels(
     layout: Layout,
 ) -> Packed:
     """Entries [B,K,S,D] to the nearest of given levels; see `quantize/reference.py`."""
-    return _quantize_reference.quantize_levels(
-        x, levels=levels, scale=scale, zero=zero, bits=bits, group=group, layout=layout
-    )
+    twin = _triton("quantize") if x.is_cuda else _quantize_reference
+    return twin.quantize_levels(x, levels=levels, scale=scale, zero=zero, bits=bits, group=group, layout=layout)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Coded entries back to [B,K,S,D]; see `quantize/reference.py`."""
-    return _quantize_reference.dequantize(packed, dtype)
+    codes = packed.codes
+    twin = _triton("quantize") if codes.is_cuda else _on_cpu(codes, _quantize_cpu, _quantize_reference)
+    return twin.dequantize(packed, dtype)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -142,4 +157,78 @@ def unpack_trits(packed: torch.Tensor, n: int) -> torch.Tensor:
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """The orthonormal Walsh–Hadamard transform of [..., D]; see `hadamard/reference.py`."""
-    return _hadamard_reference.hadamard(x)
+    return (_triton("hadamard") if x.is_cuda else _hadamard_reference).hadamard(x)
+
+
+def attend_latent(
+    q: torch.Tensor,
+    z: torch.Tensor,
+    basis: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    scale: float,
+    interleaved: bool = False,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over keys rebuilt from latents, with its log-sum-exp; see `latent/reference.py`."""
+    twin = _triton("latent") if q.is_cuda else _latent_reference
+    return twin.attend_latent(
+        q, z, basis, v, positions, cos, sin, scale=scale, interleaved=interleaved, softcap=softcap
+    )
+
+
+def streaming_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    sink: int,
+    recent: int,
+    scale: float,
+    start: int = 0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention over sinks and a sliding window, with its log-sum-exp; see `prefill/reference.py`."""
+    twin = _triton("prefill") if q.is_cuda else _prefill_reference
+    return twin.streaming_prefill(q, k, v, sink=sink, recent=recent, scale=scale, start=start, softcap=softcap)
+
+
+def page_bounds(k: torch.Tensor, *, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the greatest key of each page, by channel; see `select/reference.py`."""
+    return _select_reference.page_bounds(k, page=page)
+
+
+def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """A bound of the logits of each page; see `select/reference.py`."""
+    return _select_reference.page_scores(q, low, high)
+
+
+def page_entries(scores: torch.Tensor, *, pages: int, page: int, entries: int) -> torch.Tensor:
+    """The entries of the best pages, in order; see `select/reference.py`."""
+    return _select_reference.page_entries(scores, pages=pages, page=page, entries=entries)
+
+
+def attend_selected(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the listed entries, with its log-sum-exp; see `select/reference.py`."""
+    twin = _triton("select") if q.is_cuda else _select_reference
+    return twin.attend_selected(q, k, v, indices, scale=scale, softcap=softcap)
+
+
+def _on_cpu(tensor: torch.Tensor, twin: ModuleType, reference: ModuleType) -> ModuleType:
+    return twin if tensor.device.type == "cpu" else reference
+
+
+def _triton(operation: str) -> Any:
+    """The Triton twin; imported only where there is a GPU, because Triton is slow to import."""
+    return importlib.import_module(f"kvtool_kernels.{operation}.triton")

@@ -15,10 +15,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 PROGRAMS = 4  # aimed at by the interpreter, which has no multiprocessors to fill
+INTERPRETED_TILE = (256, 128)  # its time goes by operations, not by elements
 SPLIT = 128  # entries that a split has at least
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def dot(a, b):
     """a @ b, summed in fp32; fp32 operands are not rounded to TF32."""
     if INTERPRETED:  # its bf16 is a bit pattern, which numpy would multiply as an integer
@@ -26,7 +27,7 @@ def dot(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def capped(logits, scale, softcap):
     """scale · logits in base 2, after the soft cap where there is one."""
     if softcap is None:
@@ -35,7 +36,7 @@ def capped(logits, scale, softcap):
         return (softcap * LOG2E) * (2.0 * tl.sigmoid(2.0 * scale / softcap * logits) - 1.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def weigh(logits, top, total):
     """One block of logits [M,N] joins the running maximum and sum [M].
 
@@ -48,7 +49,7 @@ def weigh(logits, top, total):
     return weights, keep, new, total * keep + tl.sum(weights, 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def finish(acc, top, total):
     """Sums relative to a maximum → out [M,D], lse [M]; (0, −inf) where nothing was seen."""
     seen = tl.where(total == 0.0, 1.0, total)
@@ -73,12 +74,12 @@ def combine_kernel(outs, lses, out, lse, rows, width, splits, D: tl.constexpr):
     inside = channel < width
     top = tl.load(lses + row)
     for split in range(1, splits):
-        top = tl.maximum(top, tl.load(lses + row + rows.to(tl.int64) * split))
+        top = tl.maximum(top, tl.load(lses + row + tl.cast(rows, tl.int64) * split))
     base = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0
     acc = tl.zeros([D], tl.float32)
     for split in range(splits):
-        place = row + rows.to(tl.int64) * split
+        place = row + tl.cast(rows, tl.int64) * split
         weight = tl.exp(tl.load(lses + place) - base)
         total += weight
         acc += weight * tl.load(outs + place * width + channel, mask=inside, other=0.0)
@@ -133,6 +134,11 @@ def blocks(rows: int, width: int, dtype: torch.dtype, entries: int = 64) -> dict
     """
     tall, wide = (16, 16) if dtype == torch.float32 else (64, entries if width <= 128 else 32)
     if INTERPRETED.value:
-        tall, wide = 256, 128  # its time goes by operations, not by elements
+        tall, wide = INTERPRETED_TILE
     high = max(16, min(tall, triton.next_power_of_2(rows)))
-    return {"M": high, "N": wide, "num_warps": 8 if high > 32 else 4, "num_stages": 2}
+    return {"M": high, "N": wide, "num_warps": warps(8 if high > 32 else 4), "num_stages": 2}
+
+
+def warps(count: int) -> int:
+    """`count` warps of 32 threads; AMD's waves have 64."""
+    return count // 2 if torch.version.hip and count > 1 else count

@@ -2,7 +2,7 @@
 
 `python -m tests.kernels.compiled < cases.json` with TRITON_INTERPRET=0: each case is `[operation, case, dtype]`, `case`
 an expression over the operation's `spec` module; the twin's own host code chooses blocks and warps, its launches are
-recorded instead of run. Prints one JSON list of reports.
+recorded instead of run. `operation:function` names one of several functions. Prints one JSON list of reports.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ Launch = tuple[JITFunction, dict[str, Any], dict[str, int]]
 
 def launches(operation: str, case: str, dtype: str) -> list[Launch]:
     """(kernel, arguments by name, options) of each launch that the twin makes for one case."""
+    operation, _, function = operation.partition(":")
     spec = importlib.import_module(f"kvtool_kernels.{operation}.spec")
     module = importlib.import_module(f"kvtool_kernels.{operation}.triton")
     made: list[Launch] = []
@@ -50,7 +51,7 @@ def launches(operation: str, case: str, dtype: str) -> list[Launch]:
     run, JITFunction.run = JITFunction.run, record
     try:
         given = eval(case, {**vars(spec), "torch": torch, "dtype": getattr(torch, dtype)})
-        getattr(module, operation)(**given)
+        getattr(module, function or operation)(**given)
     finally:
         JITFunction.run = run
     return made
@@ -86,9 +87,7 @@ def usage(built: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
-        text = subprocess.run(
-            [CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+        text = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "LOCAL", "STACK", "SHARED")}
     return {
         "registers": found["REG"],
@@ -102,10 +101,11 @@ def main() -> None:
     for operation, case, dtype in json.load(sys.stdin):
         for kernel, arguments, options in launches(operation, case, dtype):
             for name, target in TARGETS.items():
-                built = triton.compile(source(kernel, arguments), target=target, options=options)
+                own = {**options, "num_warps": options.get("num_warps", 4) * 32 // target.warp_size}  # as tiles.warps
+                built = triton.compile(source(kernel, arguments), target=target, options=own)
                 report = {"operation": operation, "case": case, "dtype": dtype, "target": name}
                 reports.append({**report, "kernel": kernel.__name__, **usage(built)})
-    print(json.dumps(reports))
+    sys.stdout.write(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -1,85 +1,115 @@
-"""Triton twins without a GPU: run by the interpreter against the reference, compiled ahead of time for real targets.
+"""What only the Triton twins can get wrong: each way to apply a scale, splits of a segment, codes bit for bit.
 
-Each check runs in a process of its own, because the interpreter is chosen when Triton is imported.
+Their agreement with the definitions is in each operation's own tests, run by the interpreter where there is no GPU.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import dataclasses
 
 import pytest
+import torch
+
+from kvtool_kernels.attend.spec import Case as Dense
+from kvtool_kernels.attend.spec import inputs as dense_inputs
+from kvtool_kernels.attend_packed.spec import Case, inputs
+from kvtool_kernels.packed import Packed
+from kvtool_kernels.quantize import reference as quantize_reference
+from kvtool_kernels.quantize.spec import CASES, Side, coded
+from kvtool_kernels.quantize.spec import Case as Coding
+from kvtool_kernels.quantize.spec import inputs as values
+from tests.kernels.test_attend import agree
+from tests.kernels.twins import device, reference, twin
+from tests.tolerance import same
 
 pytest.importorskip("triton", reason="Triton has wheels on Linux only")
 
-INTERPRETED = """
-import torch
-from kvtool_kernels.merge import reference, triton
+from kvtool_kernels import tiles
+from kvtool_kernels.attend_packed import triton as packed_triton
+from kvtool_kernels.quantize import triton as quantize_triton
 
-torch.manual_seed(0)
-for shape in ((1, 1, 1), (2, 3, 5), (1, 9, 63), (0, 2, 3)):
-    for width in (1, 48, 64, 100):
-        a, b = ((torch.randn(*shape, width), torch.randn(*shape) * 30) for _ in range(2))
-        if a[1].numel() > 2:
-            a[1].view(-1)[0] = b[1].view(-1)[0] = float("-inf")  # both sides empty
-            a[1].view(-1)[1] = float("-inf")
-            a[0].view(-1, width)[:2] = b[0].view(-1, width)[0] = 0.0
-        ours, theirs = triton.merge(a, b), reference.merge(a, b)
-        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-6)
-"""
-
-COMPILED = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kvtool_kernels.merge.triton import merge_kernel
-
-pointers = dict(out_a="*fp16", lse_a="*fp32", out_b="*fp16", lse_b="*fp32", out="*fp16", lse="*fp32")
-signature = {**pointers, "width": "i32", "BLOCK": "constexpr"}
-source = ASTSource(fn=merge_kernel, signature=signature, constexprs={"BLOCK": 128})
-reports = {}
-for name, target in {
-    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)
-}.items():
-    built = triton.compile(source, target=target)
-    if "cubin" not in built.asm:
-        reports[name] = {"spills": int(re.search(r"vgpr_spill_count:\\s*(\\d+)", built.asm["amdgcn"]).group(1))}
-        continue
-    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(built.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    reports[name] = {key: int(re.search(label + r":(\\d+)", usage).group(1)) for key, label in
-                     (("registers", "REG"), ("spills", "LOCAL"), ("stack", "STACK"), ("shared", "SHARED"))}
-print(json.dumps(reports))
-"""
+# width 64, few query rows: the mode that each way of coding takes
+MODES = {
+    Side(3, "token", 128): packed_triton.TILE,
+    Side(4, "channel", 1, "static"): packed_triton.TILE,
+    Side(4, "channel", 64): packed_triton.ENTRY,
+    Side(3, "channel", 64, "levels"): packed_triton.ENTRY,
+    Side(2, "token", 8): packed_triton.ELEMENT,
+    Side(5, "channel", 16, "symmetric"): packed_triton.ELEMENT,
+    None: packed_triton.DENSE,
+}
 
 
-def run(code: str, **environment: str) -> str:
-    env = {**os.environ, **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("keys", "values"), list(zip(MODES, [*list(MODES)[1:], None], strict=True)), ids=str)
+def test_every_way_to_apply_scales(keys: Side | None, values: Side | None, dtype: torch.dtype) -> None:
+    given = inputs(Case(keys, values, entries=256, heads=2, kv_heads=1), dtype=dtype, device=device("triton"))
+    for name, side in (("keys", keys), ("values", values)):
+        assert packed_triton.side(given[name], 1, 32).mode == MODES[side].value
+    agree(twin("attend_packed", "triton")(**given), reference("attend_packed")(**given))
 
 
-def test_merge_agrees_with_its_reference() -> None:
-    run(INTERPRETED, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("side", [Side(4, "token", 32), Side(4, "channel", 64), Side(4, "channel", 16)], ids=str)
+def test_slack_in_codes_and_scales_is_not_read(side: Side) -> None:
+    """A segment's tensors are views into larger ones, whose scales beyond the entries are NaN."""
+    given = inputs(Case(side, side, entries=96, batch=2, tokens=3), device=device("triton"))
+    expected = reference("attend_packed")(**given)
+    for name in ("keys", "values"):
+        packed: Packed = given[name]
+        held = {}
+        for field in ("codes", "scale", "zero"):
+            tensor = getattr(packed, field)
+            filler = 255 if field == "codes" else float("nan")
+            buffer = tensor.new_full((*tensor.shape[:2], 2 * tensor.shape[2], *tensor.shape[3:]), filler)
+            buffer[:, :, : tensor.shape[2]] = tensor
+            held[field] = buffer[:, :, : tensor.shape[2]]
+        given[name] = dataclasses.replace(packed, **held)
+    agree(twin("attend_packed", "triton")(**given), expected)
 
 
-def test_merge_compiles_without_spills() -> None:
-    reports = json.loads(run(COMPILED, TRITON_INTERPRET="0"))
-    assert set(reports) == {"sm_80", "sm_90", "gfx942"}
-    for target, report in reports.items():
-        assert report["spills"] == 0, target
-    for target in ("sm_80", "sm_90"):
-        assert reports[target]["stack"] == 0
-        assert reports[target]["registers"] <= 64
-        assert reports[target]["shared"] <= 1024
+@pytest.mark.parametrize("programs", [1, 8, 64])
+def test_any_number_of_splits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one split to as many as there are blocks; causal ones end early, or see nothing."""
+    monkeypatch.setattr(tiles, "PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "SPLIT", 16)
+    monkeypatch.setattr(tiles, "INTERPRETED_TILE", (16, 16))
+    for case in (Dense(entries=300), Dense(batch=2, tokens=3, entries=200, causal=True, hide="padding")):
+        given = dense_inputs(case, device=device("triton"))
+        agree(twin("attend", "triton")(**given), reference("attend")(**given))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.values in ("normal", "constant", "tiny", "huge")], ids=str
+)
+def test_codes_bit_for_bit(case: Coding) -> None:
+    dtype = torch.float16 if case.side.bits % 2 else torch.float32
+    x, side = values(case, dtype=dtype, device=device("triton")), case.side
+    layout = {"bits": side.bits, "group": side.group, "layout": side.layout}
+    expected = coded(x, side)
+    if side.code == "affine":
+        actual = quantize_triton.quantize(x, **layout)
+    else:
+        code = {name: getattr(expected, name) for name in ("levels", "scale", "zero")}
+        actual = quantize_triton.quantize_levels(x, **code, **layout)
+    for ours, theirs in zip(actual.tensors(), expected.tensors(), strict=True):
+        same(ours, theirs)
+    same(quantize_triton.dequantize(expected, dtype), quantize_reference.dequantize(expected, dtype))
+
+
+def test_clipping_bit_for_bit() -> None:
+    x = values(Coding(), device=device("triton"))
+    options = {"bits": 2, "group": 32, "layout": "channel", "clip": 0.85}
+    ours, theirs = quantize_triton.quantize(x, **options), quantize_reference.quantize(x, **options)
+    for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
+        same(a, b)
+
+
+def test_entries_of_a_transposed_tensor() -> None:
+    """Channels that are not neighbours in memory, and heads behind entries, as a model's projections leave them."""
+    x = values(Coding(), device=device("triton"))
+    for moved in (x.transpose(2, 3).contiguous().transpose(2, 3), x.transpose(1, 2).contiguous().transpose(1, 2)):
+        ours, theirs = (
+            q.quantize(moved, bits=3, group=32, layout="token") for q in (quantize_triton, quantize_reference)
+        )
+        for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
+            same(a, b)

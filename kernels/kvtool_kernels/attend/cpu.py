@@ -2,16 +2,19 @@
 
 A single query per sequence is packed so that its whole group reads each KV head once; causal attention over a
 past is split into a dense part and a square causal part, then merged, because the kernel's causal mask is aligned
-at the top left.
+at the top left. Few queries over many entries go through the compiled loops of `attend_packed`, which divide the
+entries of a head among the cores; the flash kernel divides heads only.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kvtool_kernels._native.record import served
 from kvtool_kernels.attend import reference
 from kvtool_kernels.merge.reference import merge
 
+LONG = 2048  # entries from which on the loops are quicker than the flash kernel
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -28,6 +31,10 @@ def attend(
     """As `reference.attend`; soft caps, empty segments and unequal head dims go there."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     tokens, entries = q.shape[2], k.shape[2]
+    if bias is None and entries >= LONG and (tokens == 1 or not causal) and served(q, k, v):
+        from kvtool_kernels._native import launch  # only where it pays: Numba is slow to import
+
+        return launch.attend(q, k, v, scale=scale, softcap=softcap)
     if softcap is not None or entries == 0 or k.shape[-1] != v.shape[-1]:
         return reference.attend(q, k, v, scale=scale, causal=causal, bias=bias, softcap=softcap)
     if tokens == 1 and (bias is None or bias.shape[1] == 1):
@@ -40,7 +47,7 @@ def attend(
         own = _flash(q, own_k, own_v, 0.0, True, scale=scale)
         if entries == tokens:
             return own
-        past = _flash(q, k[:, :, : entries - tokens], v[:, :, : entries - tokens], 0.0, False, scale=scale)
+        past = attend(q, k[:, :, : entries - tokens], v[:, :, : entries - tokens], scale=scale)
         return merge(past, own)
     if causal and bias is not None:
         hidden = torch.ones(tokens, entries, dtype=torch.bool).triu(entries - tokens + 1)

@@ -28,7 +28,7 @@ def attend_kernel(
     real = token < tokens
     channel, value_channel = tl.arange(0, D), tl.arange(0, DV)
     queries = tl.load(
-        q + batch * q_b + head[:, None] * q_h + token[:, None] * q_t + channel[None, :],
+        q + batch * q_b + head[:, None] * q_h + token[:, None].to(tl.int64) * q_t + channel[None, :],
         mask=real[:, None] & (channel[None, :] < width),
         other=0.0,
     )
@@ -42,6 +42,7 @@ def attend_kernel(
     v += batch * v_b + kv_head * v_h + low.to(tl.int64) * v_s
     if bias is not None:
         bias += batch * bias_b + low.to(tl.int64) * bias_s
+        bias += head[:, None] * bias_h + token[:, None].to(tl.int64) * bias_t
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV], tl.float32)
@@ -56,8 +57,7 @@ def attend_kernel(
         logits = capped(dot(queries, keys), scale, softcap)
         visible = inside[None, :] & real[:, None]
         if bias is not None:
-            at = bias + head[:, None] * bias_h + token[:, None] * bias_t + step[None, :] * bias_s
-            logits += tl.load(at, mask=visible, other=0.0) * LOG2E
+            logits += tl.load(bias + step[None, :] * bias_s, mask=visible, other=0.0) * LOG2E
             bias += N * bias_s
         if CAUSAL:
             visible &= entry[None, :] <= past + token[:, None]

@@ -43,13 +43,13 @@ def kivi(bits: int, group: int = 32, **shape: Any) -> Case:
 CASES = (
     *(kivi(bits) for bits in range(1, 9)),
     *(Case(Side(bits, "channel", 32), Side(bits, "token", 32)) for bits in range(1, 9)),
-    *(kivi(4, entries=entries) for entries in (0, 32, 64, 992, 4096)),
+    *(kivi(4, entries=entries) for entries in (0, 32, 64, 992, 2080)),
     *(
         Case(Side(4, "channel", 32), Side(2, "channel", 16), entries=entries, batch=2)
         for entries in (0, 1, 63, 500, 1000)
     ),
     *(Case(Side(2, "token", group), Side(2, "channel", 8), entries=384) for group in (8, 16, 64, 128)),
-    *(kivi(2, batch=3, heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((4, 4), (7, 1), (16, 2))),
+    *(kivi(2, batch=3, heads=heads, kv_heads=kv_heads, entries=96) for heads, kv_heads in ((4, 4), (7, 1), (16, 2))),
     *(kivi(4, tokens=tokens, batch=2) for tokens in (2, 5, 17)),
     *(kivi(4, width=width, value_width=value_width) for width, value_width in ((128, 64), (40, 96), (64, 32))),
     kivi(4, softcap=3.0, size=5.0),

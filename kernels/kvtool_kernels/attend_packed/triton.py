@@ -7,7 +7,7 @@ What is shared along the summed index cannot leave a product; what is not, can. 
     ENTRY     to the logits of the keys, to the weights of the values: one scale per entry;
     ELEMENT   to each code: several scales per entry (layout "channel", group < D), or groups smaller than a block.
 
-In TILE and ENTRY the codes enter the product as they are, exactly. With fp16 queries, |q · scale| must stay inside fp16.
+In TILE and ENTRY the codes enter the product as they are, exactly. With fp16 queries |q · scale| must fit fp16.
 """
 
 from __future__ import annotations
@@ -18,9 +18,21 @@ import torch
 import triton
 import triton.language as tl
 
-from kvtool_kernels.codes import load_levels, load_scale
+from kvtool_kernels.codes import arguments, load_levels, load_scale
 from kvtool_kernels.packed import Packed
-from kvtool_kernels.tiles import Partials, blocks, capped, channels_last, dot, finish, pad, store, weigh
+from kvtool_kernels.tiles import (
+    INTERPRETED,
+    INTERPRETED_TILE,
+    Partials,
+    capped,
+    channels_last,
+    dot,
+    finish,
+    pad,
+    store,
+    warps,
+    weigh,
+)
 
 DENSE = tl.constexpr(0)
 TILE = tl.constexpr(1)
@@ -41,19 +53,22 @@ def packed_logits(
         logits = dot(q, keys.to(q.dtype))
     else:
         SHARED: tl.constexpr = GROUP if TOKEN else 1  # entries with one scale
-        levelled = load_levels(k, k_s, levels, start, step[None, :], channel[:, None], mask, WIDTH, GROUP, TOKEN, BITS)
+        CENTRE: tl.constexpr = 1 << (BITS - 1) if levels is None else 0
+        levelled = load_levels(
+            k, k_s, levels, start, step[None, :], channel[:, None], mask, WIDTH, GROUP, TOKEN, BITS, CENTRE
+        )  # fmt: skip
         part = channel if TOKEN else channel // GROUP
         if MODE == TILE:
-            factor, offset = load_scale(scale, scale_s, zero, zero_s, levels, start, 0, part, real, SHARED, BITS)
+            factor, offset = load_scale(scale, scale_s, zero, zero_s, start, 0, part, real, SHARED, CENTRE)
             logits = dot((q.to(tl.float32) * factor[None, :]).to(q.dtype), levelled.to(q.dtype))
             logits += tl.sum(q.to(tl.float32) * offset[None, :], 1)[:, None]
         elif MODE == ENTRY:
-            factor, offset = load_scale(scale, scale_s, zero, zero_s, levels, start, step, 0, inside, 1, BITS)
+            factor, offset = load_scale(scale, scale_s, zero, zero_s, start, step, 0, inside, 1, CENTRE)
             logits = dot(q, levelled.to(q.dtype)) * factor[None, :]
             logits += tl.sum(q.to(tl.float32), 1)[:, None] * offset[None, :]
         else:
             factor, offset = load_scale(
-                scale, scale_s, zero, zero_s, levels, start, step[None, :], part[:, None], mask, SHARED, BITS
+                scale, scale_s, zero, zero_s, start, step[None, :], part[:, None], mask, SHARED, CENTRE
             )  # fmt: skip
             logits = dot(q, (levelled * factor + offset).to(q.dtype))
     return logits
@@ -73,19 +88,22 @@ def packed_sums(
         sums = dot(rounded, values.to(dtype))
     else:
         SHARED: tl.constexpr = GROUP if TOKEN else 1  # entries with one scale
-        levelled = load_levels(v, v_s, levels, start, step[:, None], channel[None, :], mask, WIDTH, GROUP, TOKEN, BITS)
+        CENTRE: tl.constexpr = 1 << (BITS - 1) if levels is None else 0
+        levelled = load_levels(
+            v, v_s, levels, start, step[:, None], channel[None, :], mask, WIDTH, GROUP, TOKEN, BITS, CENTRE
+        )  # fmt: skip
         part = channel if TOKEN else channel // GROUP
         if MODE == TILE:
-            factor, offset = load_scale(scale, scale_s, zero, zero_s, levels, start, 0, part, real, SHARED, BITS)
+            factor, offset = load_scale(scale, scale_s, zero, zero_s, start, 0, part, real, SHARED, CENTRE)
             total = tl.sum(rounded.to(tl.float32), 1)  # of the same weights as the codes', so that errors cancel
             sums = dot(rounded, levelled.to(dtype)) * factor[None, :] + total[:, None] * offset[None, :]
         elif MODE == ENTRY:
-            factor, offset = load_scale(scale, scale_s, zero, zero_s, levels, start, step, 0, inside, 1, BITS)
+            factor, offset = load_scale(scale, scale_s, zero, zero_s, start, step, 0, inside, 1, CENTRE)
             sums = dot((weights * factor[None, :]).to(dtype), levelled.to(dtype))
             sums += tl.sum(weights * offset[None, :], 1)[:, None]
         else:
             factor, offset = load_scale(
-                scale, scale_s, zero, zero_s, levels, start, step[:, None], part[None, :], mask, SHARED, BITS
+                scale, scale_s, zero, zero_s, start, step[:, None], part[None, :], mask, SHARED, CENTRE
             )  # fmt: skip
             sums = dot(rounded, (levelled * factor + offset).to(dtype))
     return sums
@@ -108,7 +126,7 @@ def attend_packed_kernel(
     real = token < tokens
     channel, value_channel = tl.arange(0, D), tl.arange(0, DV)
     queries = tl.load(
-        q + batch * q_b + head[:, None] * q_h + token[:, None] * q_t + channel[None, :],
+        q + batch * q_b + head[:, None] * q_h + token[:, None].to(tl.int64) * q_t + channel[None, :],
         mask=real[:, None] & (channel[None, :] < K_WIDTH),
         other=0.0,
     )
@@ -168,21 +186,22 @@ def side(x: Packed | torch.Tensor, batch: int, block: int) -> Side:
         (x,) = channels_last(x)
         return Side((x, *x.stride()[:3], *(None, 0, 0, 0) * 2, None), DENSE.value, x.shape[-1])
     token = x.layout == "token"
-    codes = x.codes if x.codes[0, 0, 0].is_contiguous() else x.codes.contiguous()
-    scaled: list[torch.Tensor | int | None] = []
-    for tensor in (x.scale, x.zero):
-        if tensor is None:
-            scaled += [None, 0, 0, 0]
-            continue
-        (tensor,) = channels_last(tensor)
-        tensor = tensor.expand(batch, *tensor.shape[1:])
-        scaled += [tensor, *tensor.stride()[:2], tensor.stride(2) if tensor.shape[2] > 1 else 0]
     static = not token and x.scale.shape[2] == 1 and (x.zero is None or x.zero.shape[2] == 1)
     if static or (token and block <= x.group):
         mode = TILE
     else:
         mode = ENTRY if not token and x.group == x.width else ELEMENT
-    return Side((codes, *codes.stride()[:3], *scaled, x.levels), mode.value, x.width, x.group, token, x.bits)
+    return Side(arguments(x, batch), mode.value, x.width, x.group, token, x.bits)
+
+
+def packed_blocks(rows: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """As `tiles.blocks`; unpacking takes registers, so that tiles are smaller than over dense entries."""
+    small = dtype == torch.float32 or width > 128
+    tall, wide = (16, 16) if small else (32, 32)
+    if INTERPRETED.value:
+        tall, wide = INTERPRETED_TILE
+    high = max(16, min(tall, triton.next_power_of_2(rows)))
+    return {"M": high, "N": wide, "num_warps": warps(8), "num_stages": 1 if small or high > 16 else 2}
 
 
 def attend_packed(
@@ -203,7 +222,7 @@ def attend_packed(
     if entries == 0:
         return q.new_zeros(batch, heads, tokens, value_width), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     group = heads // kv_heads
-    tile = blocks(group * tokens, max(width, value_width), q.dtype)
+    tile = packed_blocks(group * tokens, max(width, value_width), q.dtype)
     groups = [x.group for x in (keys, values) if isinstance(x, Packed) and x.layout == "token" and x.group >= 32]
     if tile["M"] <= 16 and groups:  # few rows: scaling them costs less than scaling the codes
         tile["N"] = min(tile["N"], *groups)

@@ -1,8 +1,10 @@
 """`attention_statistics` in plain PyTorch for any device, a block of rows and one KV head at a time.
 
-With w = exp(logit − row maximum) and l = Σ w, every sum is a matrix product with 1/l, so weights are never
-normalised. The distance sum uses that the entries of equal distance lie on a diagonal: read with a row stride one
-longer, diagonals are columns (a margin of zeros on the left absorbs the rows' ends).
+With s = logit − row maximum and A = softmax(s), a row's log-sum-exp is maximum − log max A and its entropy is
+−log max A − A·s, neither of which cancels, however large the logits are. Column sums are a matrix product. The
+distance sum uses that the entries of equal distance lie on a diagonal: read with a row stride one longer, diagonals
+are columns; what a row lacks on its left it finds at the right end of the row before, where the causal mask left
+zeros.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ import torch
 
 from kvtool_kernels.attention_statistics.reference import Summary
 
-ROWS = 64  # rows of a block, at most
-WEIGHTS = 2**18  # weights of a block and query head, about: two such buffers should stay in cache
+ROWS = 64  # rows of a block
 HIDDEN = -1e30  # a finite logit whose exponential is 0
 
 
@@ -28,72 +29,67 @@ def attention_statistics(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
 ) -> Summary:
-    """As the reference, in O(T · rows) memory."""
+    """As the reference, in O(T · rows) memory; `out` lies in memory as [T,H,D], which is what a projection reads."""
     heads, tokens, width = q.shape
     kv_heads = k.shape[0]
     group = heads // kv_heads
-    dtype = q.dtype
-    q, k, v = (q * scale).float(), k.float(), v.float()
-    rows = min(ROWS, max(16, WEIGHTS // tokens), tokens)
-    new = q.new_zeros
+    rows = min(ROWS, tokens)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=q.device)
+
     summary = Summary(
-        new(heads, tokens, width),
+        q.new_empty(tokens, heads, width).transpose(0, 1),
         new(heads, tokens),
         new(heads, cells, tokens),
-        new(heads, tokens),
+        new(heads, tokens),  # by distance from the largest to 0, until the end
         new(heads, tokens),
         new(heads),
     )
     place = torch.arange(tokens, device=q.device)
     cell = (torch.arange(tokens) * cells // tokens).tolist()
-    logits, weights = (new(group * rows * (rows + tokens)) for _ in range(2))
-    for low in range(0, tokens, rows):
-        high = min(low + rows, tokens)
-        left = 0 if window is None else max(0, low - window + 1)
-        own = place[low:high]
-        members = own * cells // tokens - cell[low]
-        share = torch.nn.functional.one_hot(members).T.float()  # [cells here, rows here]
-        hidden = place[left:high] > own[:, None]
-        if window is not None:
-            hidden |= place[left:high] <= own[:, None] - window
-        late = (own >= first).float()
-        count, span = high - low, high - left
-        for head in range(kv_heads):
-            mine = slice(head * group, (head + 1) * group)
-            # w lies in a buffer with `count` zero columns on its left
-            w = weights[: group * count * (count + span)].view(group, count, count + span)
-            w[:, :, :count] = 0.0
-            body = w[:, :, count:]
-            t = logits[: group * count * span].view(group, count, span)
+    buffers = new(2, group * rows * tokens)
+    for head in range(kv_heads):
+        mine = slice(head * group, (head + 1) * group)
+        keys, values = k[head].float(), v[head].float()
+        for low in range(0, tokens, rows):
+            high = min(low + rows, tokens)
+            left = 0 if window is None else max(0, low - window + 1)
+            own, count, span = place[low:high], high - low, high - left
+            logits, weights = buffers[:, : group * count * span].view(2, group, count, span)
             torch.matmul(
-                q[mine, low:high].reshape(group * count, width), k[head, left:high].T, out=t.view(group * count, span)
+                (q[mine, low:high].float() * scale).reshape(-1, width), keys[left:high].T, out=logits.view(-1, span)
             )
             if softcap is not None:
-                t.div_(softcap).tanh_().mul_(softcap)
-            if window is None:
-                t[:, :, low - left :].masked_fill_(hidden[:, low - left :], HIDDEN)
-            else:
-                t.masked_fill_(hidden, HIDDEN)
-            top = t.amax(-1, keepdim=True)
-            t.sub_(top)
-            torch.exp(t, out=body)
-            total = seen = body.sum(-1)
+                logits.div_(softcap).tanh_().mul_(softcap)
+            logits[:, :, low - left :].masked_fill_(own > own[:, None], HIDDEN)
+            if window is not None:
+                logits.masked_fill_(place[left:high] <= own[:, None] - window, HIDDEN)
+            top = logits.amax(-1, keepdim=True)
+            torch.softmax(logits.sub_(top), -1, out=weights)
+            total = weights.amax(-1).log_().neg_()
+            lse, entropy = top[..., 0] + total, total - logits.mul_(weights).sum(-1)
+            kept = torch.ones_like(lse)  # share of each row's mass that the sink leaves
             if sink_logits is not None:
-                total = seen + torch.exp(sink_logits[mine, None].float() - top[..., 0])
-            inverse = total.reciprocal()
+                sink = sink_logits[mine, None].float()
+                kept = torch.sigmoid(lse - sink)
+                lse, entropy = torch.logaddexp(lse, sink), kept * entropy + torch.special.entr(kept)
+            summary.out[mine, low:high] = (weights @ values[left:high]) * kept[..., None]
+            summary.lse[mine, low:high] = lse
+            summary.entropy[mine, low:high] = entropy
+            here = torch.arange(cell[low], cell[high - 1] + 1, device=q.device)
+            share = (own * cells // tokens == here[:, None]) * kept[:, None]  # [G, cells here, rows here]
+            summary.columns[mine, cell[low] : cell[high - 1] + 1, left:high] += share @ weights
+            late = (own >= first) * kept
+            far = tokens - span  # where the largest distance here belongs
+            summary.distance[mine, far + count - 1 :] += late[:, :1] * weights[:, 0, : span - count + 1]
+            if count > 1:  # the first row has no row before it
+                skew = weights.as_strided(
+                    (group, count - 1, span),
+                    (count * span, span + 1, 1),
+                    weights.storage_offset() + span + 2 - count,
+                )
+                summary.distance[mine, far:] += (late[:, None, 1:] @ skew)[:, 0]
             if low == 0:
-                summary.corner[mine] = body[:, 0, 0] * inverse[:, 0]
-            summary.out[mine, low:high] = (body @ v[head, left:high]) * inverse[..., None]
-            summary.lse[mine, low:high] = top[..., 0] + total.log()
-            summary.entropy[mine, low:high] = (total.log() * seen - torch.linalg.vecdot(body, t)) * inverse
-            summary.columns[mine, cell[low] : cell[high - 1] + 1, left:high] += (share * inverse[:, None]) @ body
-            skew = torch.as_strided(
-                w,
-                (group, count, count + (low - left) + 1),
-                (count * (count + span), count + span + 1, 1),
-                w.storage_offset(),
-            )
-            diagonals = ((late * inverse)[:, None] @ skew)[:, 0]  # distance count + low − left … 0
-            reach = min(diagonals.shape[1], high)
-            summary.distance[mine, :reach] += diagonals.flip(-1)[:, :reach]
-    return summary._replace(out=summary.out.to(dtype))
+                summary.corner[mine] = weights[:, 0, 0] * kept[:, 0]
+    return summary._replace(distance=summary.distance.flip(-1))

@@ -24,8 +24,7 @@ TOKEN_GROUPS = (8, 16, 32, 64, 128)
 def quantize(x: torch.Tensor, *, bits: int, group: int, layout: Layout, clip: float = 1.0) -> Packed:
     """x [B,K,S,D] → `Packed` affine codes. S is a multiple of `group` in layout "token", D in layout "channel"."""
     grouped = group_view(x, group, layout)
-    low, high = torch.aminmax(grouped, dim=-1) if grouped.numel() else (grouped[..., 0], grouped[..., 0])
-    low, high = low * clip, high * clip
+    low, high = grouped.amin(-1) * clip, grouped.amax(-1) * clip
     scale, zero = (high - low) / (2**bits - 1), low
     largest = torch.finfo(torch.float16).max
     small = not scale.numel() or bool((scale <= largest).all() and (zero.abs() <= largest).all())

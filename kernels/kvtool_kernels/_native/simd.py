@@ -8,7 +8,8 @@ address and an index in elements, both int64; nothing is checked.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -20,8 +21,8 @@ FP32, FP16, BF16 = 0, 1, 2
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
 _BYTE, _SHORT, _INT, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _SIZES = {_BYTE: 1, _SHORT: 2, _HALF: 2, _FLOAT: 4, _LONG: 8}
-_Builder = ir.IRBuilder
-_operation = intrinsic(prefer_literal=True)
+_Builder: TypeAlias = ir.IRBuilder
+_operation: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
 
 
 class Vector(types.Type):
@@ -74,7 +75,7 @@ def load(typing: Any, kind: Any, lanes: Any, address: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
         result, wide = ir.VectorType(_FLOAT, vector.lanes), ir.VectorType(_INT, vector.lanes)
-        pointer = _at(builder, *given[2:], element, ir.VectorType(element, vector.lanes))
+        pointer = _at(builder, given[2], given[3], element, ir.VectorType(element, vector.lanes))
         found = builder.load(pointer, align=4 if element is _FLOAT else 2)
         if element is _SHORT:
             return builder.bitcast(builder.shl(builder.zext(found, wide), _constant(16, wide)), result)
@@ -85,7 +86,7 @@ def load(typing: Any, kind: Any, lanes: Any, address: Any, index: Any) -> Any:
 
 @_operation
 def codes(typing: Any, span: Any, power: Any, address: Any, index: Any, part: Any) -> Any:
-    """A vector of codes of `power` bits, as fp32: lane l is taken from byte `index` + l % span, part `part` + l // span."""
+    """A vector of `power`-bit codes as fp32: lane l is part `part` + l // span of byte `index` + l % span."""
     reach, bits = span.literal_value, power.literal_value
 
     def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
@@ -134,11 +135,21 @@ def larger(typing: Any, a: Any, b: Any) -> Any:
 
 
 @_operation
+def divide(typing: Any, a: Any, b: Any) -> Any:
+    """a / b by lane."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return builder.fdiv(*given)
+
+    return a(a, b), generate
+
+
+@_operation
 def store(typing: Any, address: Any, index: Any, vector: Any) -> Any:
     """Write a vector at `index`."""
 
     def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
-        builder.store(given[2], _at(builder, *given[:2], _FLOAT, given[2].type), align=4)
+        builder.store(given[2], _at(builder, given[0], given[1], _FLOAT, given[2].type), align=4)
         return context.get_dummy_value()
 
     return types.void(address, index, vector), generate
@@ -149,7 +160,7 @@ def read(typing: Any, address: Any, index: Any) -> Any:
     """The fp32 number at `index`."""
 
     def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return builder.load(_at(builder, *given, _FLOAT, _FLOAT))
+        return builder.load(_at(builder, given[0], given[1], _FLOAT, _FLOAT))
 
     return types.float32(address, index), generate
 
@@ -159,7 +170,7 @@ def write(typing: Any, address: Any, index: Any, value: Any) -> Any:
     """Write one fp32 number at `index`."""
 
     def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
-        builder.store(given[2], _at(builder, *given[:2], _FLOAT, _FLOAT))
+        builder.store(given[2], _at(builder, given[0], given[1], _FLOAT, _FLOAT))
         return context.get_dummy_value()
 
     return types.void(address, index, types.float32), generate
@@ -170,9 +181,22 @@ def field(typing: Any, address: Any, index: Any) -> Any:
     """The int64 at `index`."""
 
     def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return builder.load(_at(builder, *given, _LONG, _LONG))
+        return builder.load(_at(builder, given[0], given[1], _LONG, _LONG))
 
     return types.int64(address, index), generate
+
+
+@_operation
+def invoke(typing: Any, function: Any, whole: Any, fraction: Any) -> Any:
+    """Call the function at an address with a tuple of int64 and one fp32; it returns nothing."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_LONG] * whole.count + [_FLOAT])
+        numbers = [builder.extract_value(given[1], index) for index in range(whole.count)]
+        builder.call(builder.inttoptr(given[0], kind.as_pointer()), [*numbers, given[2]])
+        return context.get_dummy_value()
+
+    return types.void(function, whole, fraction), generate
 
 
 @_operation

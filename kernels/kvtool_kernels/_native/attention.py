@@ -1,0 +1,209 @@
+"""Attention over one segment of coded or dense entries, tile by tile with an online softmax.
+
+A unit of work is one split of the entries of one KV head, for up to four query rows. Threads take units until none is
+left; the one that finishes the last split of a head merges the splits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from numba import float32
+
+from kvtool_kernels._native.products import inner, outer
+from kvtool_kernels._native.record import (
+    BATCH_STRIDE,
+    CHUNK,
+    DATA,
+    DENSE,
+    DONE,
+    DTYPE,
+    FIRST_SIDE,
+    FP32,
+    HEAD_STRIDE,
+    HEADS,
+    KIND,
+    LANES,
+    LSE,
+    OUT,
+    PART,
+    PASSES,
+    QUERY,
+    ROWS,
+    SCRATCH,
+    SCRATCH_SIZE,
+    SECOND_SIDE,
+    SOFTCAP,
+    SPLITS,
+    STEP,
+    THREAD,
+    TILE,
+    TOKEN,
+    TOKENS,
+    UNITS,
+    WIDTH,
+)
+from kvtool_kernels._native.simd import (
+    address_of,
+    divide,
+    exp,
+    field,
+    fma,
+    larger,
+    largest,
+    load,
+    read,
+    splat,
+    store,
+    take,
+    total,
+    write,
+)
+from kvtool_kernels._native.team import STAMP, compiled
+from kvtool_kernels._native.tile import clear, decode, inner_loop
+
+NOTHING = float32(-np.inf)
+
+
+@inner_loop
+def cap_row(row, count, softcap):
+    """x → softcap · tanh(x / softcap), tanh y = 1 − 2 / (e^2y + 1)."""
+    one, twice = splat(LANES, float32(1.0)), splat(LANES, float32(2.0) / softcap)
+    none, cap, minus = splat(LANES, float32(-0.0)), splat(LANES, softcap), splat(LANES, float32(-2.0))
+    for i in range(0, count, LANES):
+        power = exp(fma(load(FP32, LANES, row, i), twice, none))
+        tanh = fma(divide(minus, fma(power, one, one)), one, one)
+        store(row, i, fma(tanh, cap, none))
+
+
+@inner_loop
+def softmax(rows, logits, pitch, count, softcap, top, norm, out, width):
+    """logits → weights exp(logits − top) in place; `top`, `norm` and `out` move to the new maximum."""
+    whole, one, none = count + -count % LANES, splat(LANES, float32(1.0)), splat(LANES, float32(-0.0))
+    for r in range(rows):
+        row = logits + r * pitch * 4
+        if softcap > 0:
+            cap_row(row, whole, softcap)
+        for i in range(count, whole):
+            write(row, i, NOTHING)
+        peak = load(FP32, LANES, row, 0)
+        for i in range(LANES, whole, LANES):
+            peak = larger(peak, load(FP32, LANES, row, i))
+        old = read(top, r)
+        new = max(old, largest(peak))
+        minus, sums = splat(LANES, -new), splat(LANES, float32(0.0))
+        for i in range(0, whole, LANES):
+            p = exp(fma(load(FP32, LANES, row, i), one, minus))
+            store(row, i, p)
+            sums = fma(p, one, sums)
+        if new > old:
+            shrink = exp(splat(LANES, old - new))
+            for i in range(0, width, LANES):
+                store(out, r * width + i, fma(load(FP32, LANES, out, r * width + i), shrink, none))
+            store(norm, r * LANES, fma(load(FP32, LANES, norm, r * LANES), shrink, sums))
+        else:
+            store(norm, r * LANES, fma(sums, one, load(FP32, LANES, norm, r * LANES)))
+        write(top, r, new)
+
+
+@inner_loop
+def attend_split(job, batch, head, begin, end, q, scratch, room, top, norm, out):
+    """One unit: out [rows, Dv], not yet normalised, with its maximum and its sum by lane."""
+    rows, most, softcap = field(job, ROWS), field(job, TILE), read(job, 2 * SOFTCAP)
+    keys, values = job + FIRST_SIDE * 8, job + SECOND_SIDE * 8
+    width, value_width = field(keys, WIDTH), field(values, WIDTH)
+    wide, value_wide = width + -width % LANES, value_width + -value_width % LANES
+    side_size = 3 * room + LANES
+    key_scratch, value_scratch = scratch, scratch + side_size * 4
+    logits = scratch + 2 * side_size * 4
+    key_tile, value_tile = key_scratch + (2 * room + LANES) * 4, value_scratch + (2 * room + LANES) * 4
+    clear(out, rows * value_wide)
+    clear(norm, rows * LANES)
+    for r in range(rows):
+        write(top, r, NOTHING)
+    for first in range(begin, end, most):
+        count = min(most, end - first)
+        clear(logits, rows * most)
+        if field(keys, KIND) == TOKEN:
+            decode(keys, batch, head, first, count, key_tile, most, key_scratch, room)
+            outer(rows, q, wide, width, key_tile, most, logits, most, count)
+        else:
+            tile, pitch = key_tile, wide
+            if field(keys, KIND) == DENSE and field(keys, DTYPE) == FP32 and width == wide:
+                near = batch * field(keys, BATCH_STRIDE) + head * field(keys, HEAD_STRIDE)
+                pitch = field(keys, STEP)
+                tile = field(keys, DATA) + (near + first * pitch) * 4
+            else:
+                decode(keys, batch, head, first, count, key_tile, wide, key_scratch, room)
+            inner(rows, q, wide, wide, tile, pitch, count, logits, most)
+        softmax(rows, logits, most, count, softcap, top, norm, out, value_wide)
+        if field(values, KIND) == TOKEN:
+            decode(values, batch, head, first, count, value_tile, most, value_scratch, room)
+            inner(rows, logits, most, count, value_tile, most, value_width, out, value_wide)
+        else:
+            tile, pitch = value_tile, value_wide
+            if field(values, KIND) == DENSE and field(values, DTYPE) == FP32 and value_width == value_wide:
+                near = batch * field(values, BATCH_STRIDE) + head * field(values, HEAD_STRIDE)
+                pitch = field(values, STEP)
+                tile = field(values, DATA) + (near + first * pitch) * 4
+            else:
+                decode(values, batch, head, first, count, value_tile, value_wide, value_scratch, room)
+            outer(rows, logits, most, count, tile, pitch, out, value_wide, value_wide)
+
+
+@inner_loop
+def merge_splits(splits, rows, parts, size, wide, out, lse):
+    """The splits of one head and pass → out [rows, Dv] and lse [rows]."""
+    for r in range(rows):
+        peak, norm = NOTHING, float32(0.0)
+        for split in range(splits):
+            peak = max(peak, read(parts + split * size * 4, r))
+        clear(out + r * wide * 4, wide)
+        for split in range(splits):
+            part = parts + split * size * 4
+            weight = exp(splat(LANES, read(part, r) - peak))
+            norm += total(fma(weight, load(FP32, LANES, part, LANES + r * LANES), splat(LANES, float32(-0.0))))
+            for i in range(0, wide, LANES):
+                value = load(FP32, LANES, part, LANES + rows * LANES + r * wide + i)
+                store(out, r * wide + i, fma(value, weight, load(FP32, LANES, out, r * wide + i)))
+        inverse, none = splat(LANES, float32(1.0) / norm), splat(LANES, float32(-0.0))
+        for i in range(0, wide, LANES):
+            store(out, r * wide + i, fma(load(FP32, LANES, out, r * wide + i), inverse, none))
+        write(lse, r, peak + float32(math.log(norm)))
+
+
+@functools.lru_cache(maxsize=1)
+def function() -> int:
+    """The compiled function of a job."""
+    stamp = STAMP
+
+    def attend(pointer):
+        stamp  # noqa: B018  # closed over: part of the key under which the code is kept
+        job = address_of(pointer)
+        scratch = field(job, SCRATCH) + take(job + THREAD * 8) * field(job, SCRATCH_SIZE)
+        keys, values = job + FIRST_SIDE * 8, job + SECOND_SIDE * 8
+        rows, splits, passes, heads = field(job, ROWS), field(job, SPLITS), field(job, PASSES), field(job, HEADS)
+        wide, width = field(values, WIDTH), field(keys, WIDTH)
+        wide, width = wide + -wide % LANES, width + -width % LANES
+        room, size = field(job, TILE) * max(wide, width), LANES + rows * LANES + rows * wide
+        clear(scratch, field(job, SCRATCH_SIZE) // 4)
+        for side in range(2):
+            write(scratch + side * (3 * room + LANES) * 4, 0, float32(1.0))
+        unit = take(job)
+        while unit < field(job, UNITS):
+            split, group = unit % splits, unit // splits
+            head, batch = group // passes % heads, group // passes // heads
+            part = field(job, PART) + unit * size * 4
+            begin = split * field(job, CHUNK)
+            end = min(begin + field(job, CHUNK), field(job, TOKENS))
+            q, out = field(job, QUERY) + group * rows * width * 4, part + (LANES + rows * LANES) * 4
+            attend_split(job, batch, head, begin, end, q, scratch, room, part, part + LANES * 4, out)
+            if take(field(job, DONE) + group * 8) == splits - 1:
+                parts = field(job, PART) + group * splits * size * 4
+                out, lse = field(job, OUT) + group * rows * wide * 4, field(job, LSE) + group * rows * 4
+                merge_splits(splits, rows, parts, size, wide, out, lse)
+            unit = take(job)
+
+    return compiled("void(voidptr)", attend)

@@ -1,0 +1,1 @@
+"""Causal attention of a chunk over sinks and a sliding window."""
