@@ -18,7 +18,8 @@ from torch.nn import functional
 from transformers.cache_utils import Cache
 
 from kvtool.errors import InputError
-from kvtool.model import Attention, Layer, Model
+from kvtool.model import Model
+from kvtool.serving import Attention, Layer
 from kvtool_kernels.ops import attend
 
 BLOCK = 128  # query rows per block of windowed attention

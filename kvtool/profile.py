@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache
 from kvtool import registry
 from kvtool.corpus.base import Corpus, Sample
 from kvtool.files import digest
-from kvtool.model import Attention, Layer, Model
+from kvtool.model import Model
 from kvtool.raw import Raw
 from kvtool.rotary import Table
+from kvtool.serving import Attention, Layer
 from kvtool.statistics._base import Copying, Rows, States, Statistic, Stream
 from kvtool.trace import Trace, statistic
 from kvtool_kernels.attention_statistics.reference import Summary
@@ -96,7 +97,7 @@ def _observe(
         watch.all("begin", sample)
     with model.served(), torch.no_grad(), model.device:
         answer = _copying(model, sample, watch) if watch.wants("step") else None
-        if watch.wants("states") or watch.wants("rows") or watch.wants("stream"):
+        if any(watch.wants(what) for what in ("states", "rows", "attended", "stream")):
             _forward(model, sample, watch)
     watch.all("end", sample, answer)
 
@@ -147,17 +148,7 @@ class _Observer(Layer):
         self.index, self.model, self.sample, self.watch, self.tables = index, model, sample, watch, tables
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        first = (self.sample.period or 0) + len(self.sample.tokens) % (self.sample.period or 1)
-        if self.watch.wants("rows"):
-            with self.watch.clock("(attention)"):
-                summary: Summary = attention_statistics(
-                    q[0], k[0], v[0], scale=call.scale, cells=self.watch.cells(), first=first, window=call.window,
-                    softcap=call.softcap, sink_logits=call.sink_logits,
-                )  # fmt: skip
-            self.watch.all("rows", Rows(self.index, summary, first, self.sample))
-            out = summary.out[None]
-        else:
-            out = plain(q, k, v, call)
+        out = self._rows(q, k, v, call) if self.watch.wants("rows") else plain(q, k, v, call)
         if self.watch.wants("states"):
             rotary = self.model.rotary(self.index)
             if rotary.kind not in self.tables:
@@ -170,6 +161,17 @@ class _Observer(Layer):
                 ),
             )
         return out
+
+    def _rows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
+        """Attention with its sums, which are gone once the listeners have seen them."""
+        first = (self.sample.period or 0) + len(self.sample.tokens) % (self.sample.period or 1)
+        with self.watch.clock("(attention)"):
+            summary: Summary = attention_statistics(
+                q[0], k[0], v[0], scale=call.scale, cells=self.watch.cells(), first=first, window=call.window,
+                softcap=call.softcap, sink_logits=call.sink_logits,
+            )  # fmt: skip
+        self.watch.all("rows", Rows(self.index, summary, first, self.sample))
+        return summary.out[None]
 
     def get_seq_length(self) -> int:
         return 0
@@ -191,7 +193,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) ->
 def _forward(model: Model, sample: Sample, watch: _Watch) -> None:
     tables: dict[Any, Table | None] = {}
     layers: list[Any] = [_Observer(index, model, sample, watch, tables) for index in range(model.geometry.layers)]
-    hooks = _stream_hooks(model, watch) if watch.wants("stream") else []
+    hooks = _stream_hooks(model, watch) if watch.wants("attended") or watch.wants("stream") else []
     try:
         model.network.base_model(input_ids=sample.tokens[None].to(model.device), past_key_values=Cache(layers=layers))
     finally:
@@ -201,23 +203,22 @@ def _forward(model: Model, sample: Sample, watch: _Watch) -> None:
 
 def _stream_hooks(model: Model, watch: _Watch) -> list[Any]:
     """Hooks that hand the residual stream around each layer to the listeners."""
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    seen: dict[int, torch.Tensor] = {}
     hooks = []
     for index, (layer, attention) in enumerate(zip(model.decoder_layers, model.attention_modules, strict=True)):
 
         def before(module, args, kwargs, index=index):
-            seen[index] = (args[0] if args else kwargs["hidden_states"], torch.empty(0))
+            seen[index] = args[0] if args else kwargs["hidden_states"]
 
         def middle(module, args, output, index=index, layer=layer):
             out = output[0] if isinstance(output, tuple) else output
             if hasattr(layer, "pre_feedforward_layernorm"):  # sandwich norms: the residual adds the normed output
                 out = layer.post_attention_layernorm(out)
-            seen[index] = (seen[index][0], out)
+            watch.all("attended", Stream(index, seen[index][0], (seen[index] + out)[0]))
 
         def after(module, args, output, index=index):
-            x, attention = seen.pop(index)
             out = output[0] if isinstance(output, tuple) else output
-            watch.all("stream", Stream(index, x[0].float(), (x + attention)[0].float(), out[0].float()))
+            watch.all("stream", Stream(index, seen.pop(index)[0], out[0]))
 
         hooks += [
             layer.register_forward_pre_hook(before, with_kwargs=True),

@@ -10,11 +10,13 @@ no padding).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from kvtool.corpus.base import Sample
 from kvtool.errors import InputError
@@ -58,12 +60,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream around one layer: before and after its attention, and after the whole layer, [T,hidden]
-    each."""
+    """The residual stream before and after a part of one layer (its attention, or all of it), [T,hidden] each."""
 
     layer: int
     before: torch.Tensor
-    middle: torch.Tensor
     after: torch.Tensor
 
 
@@ -77,7 +77,32 @@ class Copying:
     prompt: torch.Tensor
 
 
-class Statistic:
+class Observations:
+    """What a statistic may observe; each does nothing until it is overridden."""
+
+    def begin(self, sample: Sample) -> None:
+        """A sequence starts."""
+
+    def states(self, view: States) -> None:
+        """Queries, keys and values of one layer."""
+
+    def rows(self, view: Rows) -> None:
+        """Summed attention of one layer."""
+
+    def attended(self, view: Stream) -> None:
+        """Residual stream around one layer's attention."""
+
+    def stream(self, view: Stream) -> None:
+        """Residual stream around one layer."""
+
+    def step(self, view: Copying) -> None:
+        """One decode step."""
+
+    def end(self, sample: Sample, answer: torch.Tensor | None) -> None:
+        """The sequence is over; `answer` holds the generated tokens when there was a decode."""
+
+
+class Statistic(Observations, ABC):
     """Base of all statistics. Subclasses set `corpus`, implement `zero`, and override some of the observations."""
 
     corpus: ClassVar[str] = "text"  # which corpus it observes
@@ -90,9 +115,9 @@ class Statistic:
         self.state: dict[str, torch.Tensor] = {}
         self.zero()
 
+    @abstractmethod
     def zero(self) -> None:
         """Create the accumulators with `add`."""
-        raise NotImplementedError
 
     def add(self, name: str, *shape: int, rule: Rule = "sum", dtype: torch.dtype = torch.float64) -> None:
         """A new accumulator at its neutral element."""
@@ -106,28 +131,10 @@ class Statistic:
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         self.state[name] = value
 
-    def begin(self, sample: Sample) -> None:
-        """A sequence starts."""
-
-    def states(self, view: States) -> None:
-        """Queries, keys and values of one layer."""
-
-    def rows(self, view: Rows) -> None:
-        """Summed attention of one layer."""
-
-    def stream(self, view: Stream) -> None:
-        """Residual stream around one layer."""
-
-    def step(self, view: Copying) -> None:
-        """One decode step."""
-
-    def end(self, sample: Sample, answer: torch.Tensor | None) -> None:
-        """The sequence is over; `answer` holds the generated tokens when there was a decode."""
-
     @classmethod
     def observes(cls, what: str) -> bool:
         """Does this statistic override the observation `what`?"""
-        return getattr(cls, what) is not getattr(Statistic, what)
+        return getattr(cls, what) is not getattr(Observations, what)
 
     def merge(self, other: Statistic) -> None:
         """Fold `other` into this one; raises InputError when the shapes differ."""
@@ -154,6 +161,16 @@ class Statistic:
             if tensors[name].shape != self.state[name].shape:
                 raise InputError("a statistic of the trace is damaged", got=f"{name} of another shape")
         self.state = {name: tensors[name].clone() for name in self.rules}
+
+
+SLICE = 512  # tokens that are looked at together where a whole sequence would need large temporaries
+
+
+def cosines(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Σ_t cos(x_t, y_t), [..., T, C] twice → fp64 [...]"""
+    parts = zip(x.split(SLICE, -2), y.split(SLICE, -2), strict=True)
+    sums = [cosine_similarity(mine.float(), theirs.float(), dim=-1).double().sum(-1) for mine, theirs in parts]
+    return torch.stack(sums).sum(0)
 
 
 # Distances and positions are binned by half octaves, exact below 16: 0, 1, …, 15, 16–22, 23–31, 32–45, …

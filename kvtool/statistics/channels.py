@@ -29,27 +29,29 @@ class Channels(Statistic):
         self.add("tokens", 1)
 
     def states(self, view: States) -> None:
-        layer = view.layer
         for kind in KINDS:
-            x = getattr(view, kind).float()
-            self[f"{kind}.min"][layer] = torch.minimum(self[f"{kind}.min"][layer], x.amin(1).double())
-            self[f"{kind}.max"][layer] = torch.maximum(self[f"{kind}.max"][layer], x.amax(1).double())
-            self[f"{kind}.sum"][layer] += x.sum(1)
-            self[f"{kind}.absolute"][layer] += x.abs().sum(1)
-            self[f"{kind}.square"][layer] += x.square().sum(1)
-            self[f"{kind}.histogram"][layer] += histogram(x)
-        if layer == 0:
+            for head, x in enumerate(getattr(view, kind)):
+                self._channels(kind, (view.layer, head), x.float())
+        if view.layer == 0:
             self["tokens"] += view.k.shape[1]
+
+    def _channels(self, kind: str, at: tuple[int, int], x: torch.Tensor) -> None:
+        """x fp32 [T,D] of one layer and head."""
+        self[f"{kind}.min"][at] = torch.minimum(self[f"{kind}.min"][at], x.amin(0).double())
+        self[f"{kind}.max"][at] = torch.maximum(self[f"{kind}.max"][at], x.amax(0).double())
+        self[f"{kind}.sum"][at] += x.sum(0)
+        self[f"{kind}.absolute"][at] += x.abs().sum(0)
+        self[f"{kind}.square"][at] += x.square().sum(0)
+        self[f"{kind}.histogram"][at] += histogram(x)
 
 
 def histogram(x: torch.Tensor) -> torch.Tensor:
-    """x fp32 [K,T,D] → counts int32 [K,D,2·HALF]."""
+    """x fp32 [T,D] → counts int32 [D,2·HALF]."""
     bits = x.contiguous().view(torch.int32)
     shift = 23 - PER_OCTAVE.bit_length() + 1
-    level = ((bits & 0x7FFFFFFF) >> shift) - ((127 + LOW) << (23 - shift)) + 1
-    level = level.clamp_(0, HALF - 1)
+    level = (bits & 0x7FFFFFFF).bitwise_right_shift_(shift).sub_(((127 + LOW) << (23 - shift)) - 1)
+    level.clamp_(0, HALF - 1)
     level = torch.where(bits < 0, HALF - 1 - level, HALF + level)
-    kv_heads, _, width = x.shape
-    channel = (torch.arange(kv_heads)[:, None, None] * width + torch.arange(width)) * (2 * HALF)
-    counts = torch.bincount((level + channel).flatten(), minlength=kv_heads * width * 2 * HALF)
-    return counts.reshape(kv_heads, width, 2 * HALF).int()
+    level += torch.arange(x.shape[1], dtype=torch.int32) * (2 * HALF)
+    counts = torch.bincount(level.flatten(), minlength=x.shape[1] * 2 * HALF)
+    return counts.view(-1, 2 * HALF).int()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.statistics._base import Rows, States, Statistic, Stream
+from kvtool.statistics._base import SLICE, Rows, States, Statistic, Stream
 
 SINK = 0.3
 MASSIVE = 100.0
@@ -33,7 +33,6 @@ class Extremes(Statistic):
         self.add("massive", layers + 1)
         self.add("sequences", 1)
         self.add("tokens", 1)
-        self.metric: dict[int, torch.Tensor] = {}
 
     def rows(self, view: Rows) -> None:
         columns = view.summary.columns[:, :, 0].sum(1).double()
@@ -43,22 +42,20 @@ class Extremes(Statistic):
         self["sink_heads"][view.layer] += mass > SINK
 
     def states(self, view: States) -> None:
-        layer, group = view.layer, self.geometry.group
-        values = view.v.float()[:, None]  # [K,1,T,D] against [K,G,D,D]
-        pushed = values @ self._output(layer).unflatten(0, (-1, group))
-        norm = torch.linalg.vecdot(pushed, values).clamp_min(0).sqrt().flatten(0, 1)
-        self["value_first"][layer] += norm[:, 0]
-        self["value_rest"][layer] += norm[:, 1:].mean(-1) if norm.shape[1] > 1 else norm[:, 0]
-        keys = view.k.float()
-        count = torch.arange(1, keys.shape[1])[:, None]
-        others = keys[:, 1:].cumsum(1) / count
-        contrast = (keys[:, :1] - others)[:, None]
-        if len(count):
-            queries = view.q[:, 1:].float().unflatten(0, (-1, group))
-            self["gap"][layer] += view.scale * torch.linalg.vecdot(queries, contrast).flatten(0, 1).mean(-1)
+        layer, group, metric = view.layer, self.geometry.group, self._output(view.layer)
+        for head, queries in enumerate(view.q.split(group)):
+            mine = slice(head * group, (head + 1) * group)
+            values, keys = view.v[head].float(), view.k[head].float()
+            norm = torch.linalg.vecdot(values @ metric[mine], values).clamp_min_(0).sqrt_()
+            self["value_first"][layer, mine] += norm[:, 0]
+            self["value_rest"][layer, mine] += norm[:, 1:].mean(-1) if len(keys) > 1 else norm[:, 0]
+            if len(keys) > 1:
+                others = keys[1:].cumsum(0).div_(torch.arange(1, len(keys))[:, None])
+                contrast = others.neg_().add_(keys[0]) * (view.scale / len(others))
+                self["gap"][layer, mine] += torch.stack([(query[1:] * contrast).sum() for query in queries])
         if layer == 0:
             self["sequences"] += 1
-            self["tokens"] += keys.shape[1]
+            self["tokens"] += view.k.shape[1]
 
     def stream(self, view: Stream) -> None:
         self._residual(view.layer, view.before)
@@ -66,18 +63,21 @@ class Extremes(Statistic):
             self._residual(view.layer + 1, view.after)
 
     def _residual(self, index: int, x: torch.Tensor) -> None:
-        norm = x.norm(dim=-1).double()
+        parts = [_sizes(part.float().abs()) for part in x.split(SLICE)]
+        norm, largest, mean = (torch.cat(part) for part in zip(*parts, strict=True))
         self["stream_first"][index] += norm[0]
         if len(norm) > 1:
-            self["stream_rest"][index] = torch.maximum(self["stream_rest"][index], norm[1:].max())
-        size = x.abs()
-        self["massive"][index] += (size.amax(-1) > MASSIVE * size.mean()).sum()
+            self["stream_rest"][index] = torch.maximum(self["stream_rest"][index], norm[1:].max().double())
+        self["massive"][index] += (largest > MASSIVE * mean.mean()).sum()
 
     def _output(self, layer: int) -> torch.Tensor:
         """W_Oᵀ W_O per query head, [H,D,D]: ‖W_O^h v‖² = vᵀ (W_Oᵀ W_O) v."""
-        if layer not in self.metric:
-            assert self.model is not None
-            weight = self.model.output_projection(layer).float()
-            per_head = weight.unflatten(1, (self.geometry.query_heads, self.geometry.head_dim)).transpose(0, 1)
-            self.metric[layer] = per_head.transpose(1, 2) @ per_head
-        return self.metric[layer]
+        assert self.model is not None
+        weight = self.model.output_projection(layer).float()
+        per_head = weight.unflatten(1, (self.geometry.query_heads, self.geometry.head_dim)).transpose(0, 1)
+        return per_head.transpose(1, 2) @ per_head
+
+
+def _sizes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """|x| [T,hidden] → norm, maximum and mean of each token, [T] each."""
+    return x.norm(dim=-1), x.amax(-1), x.mean(-1)

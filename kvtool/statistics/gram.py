@@ -26,7 +26,8 @@ class Gram(Statistic):
         self["k_pre"][layer] += _outer(view.k_pre.transpose(0, 1).flatten(1))
         self["v"][layer] += _outer(view.v.transpose(0, 1).flatten(1))
         self["k"][layer] += _outer(view.k)
-        self["q"][layer] += _outer(view.q.unflatten(0, (-1, group)).flatten(1, 2))
+        for head, queries in enumerate(view.q.split(group)):
+            self["q"][layer, head] += _outer(queries).sum(0)
         self["tokens"] += view.k.shape[1] if layer == 0 else 0
 
 

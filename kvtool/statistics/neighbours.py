@@ -7,9 +7,8 @@ keys may be either side of it.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import cosine_similarity
 
-from kvtool.statistics._base import States, Statistic
+from kvtool.statistics._base import States, Statistic, cosines
 
 
 class Neighbours(Statistic):
@@ -22,7 +21,7 @@ class Neighbours(Statistic):
     def states(self, view: States) -> None:
         if view.layer and self.below is not None:
             for name, mine, theirs in zip("kv", (view.k, view.v), self.below, strict=True):
-                self[name][view.layer - 1] += cosine_similarity(mine.float(), theirs.float(), dim=-1).double().sum(-1)
+                self[name][view.layer - 1] += cosines(mine, theirs)
         else:
             self["tokens"] += view.k.shape[1]
         self.below = (view.k, view.v)

@@ -6,9 +6,7 @@ Sums over tokens of cos(x, x + attention) and cos(x, layer(x)); a layer whose co
 
 from __future__ import annotations
 
-from torch.nn.functional import cosine_similarity
-
-from kvtool.statistics._base import Statistic, Stream
+from kvtool.statistics._base import Statistic, Stream, cosines
 
 
 class Residual(Statistic):
@@ -17,7 +15,9 @@ class Residual(Statistic):
         self.add("layer", self.geometry.layers)
         self.add("tokens", 1)
 
+    def attended(self, view: Stream) -> None:
+        self["attention"][view.layer] += cosines(view.before, view.after)
+
     def stream(self, view: Stream) -> None:
-        self["attention"][view.layer] += cosine_similarity(view.before, view.middle, dim=-1).double().sum()
-        self["layer"][view.layer] += cosine_similarity(view.before, view.after, dim=-1).double().sum()
+        self["layer"][view.layer] += cosines(view.before, view.after)
         self["tokens"] += len(view.before) if view.layer == 0 else 0

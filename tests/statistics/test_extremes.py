@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from kvtool.model import Model
-from kvtool.statistics.extremes import MASSIVE, SINK
+from kvtool.statistics._base import SLICE, Stream
+from kvtool.statistics.extremes import MASSIVE, SINK, Extremes
 from kvtool.statistics.maps import CELLS
 from tests.statistics.observed import TOKENS, text
 from tests.tolerance import close, same
@@ -49,6 +50,17 @@ def test_residual_stream(any_model: Model) -> None:
         massive = (x.abs().amax(-1) > MASSIVE * x.abs().mean()).sum()
         assert float(trace["extremes"]["massive"][index]) == float(massive)
     assert float(trace["extremes"]["tokens"]) == TOKENS
+
+
+def test_massive_tokens_in_any_slice_of_the_stream(llama: Model) -> None:
+    x = torch.ones(2 * SLICE + 100, 48)
+    massive = [0, SLICE - 1, SLICE, 2 * SLICE + 99]
+    x[massive, 7] = -1000.0
+    x[5, 7] = 90.0  # large, yet below 100 times the mean
+    statistic = Extremes(llama, llama.geometry)
+    statistic.stream(Stream(0, x, x))
+    assert float(statistic["massive"][0]) == len(massive)
+    close(statistic["stream_rest"][0], x[SLICE].norm(), torch.float32)
 
 
 def test_residual(any_model: Model) -> None:

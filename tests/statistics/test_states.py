@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from kvtool.model import Model
+from kvtool.statistics._base import SLICE, cosines
 from kvtool.statistics.channels import HALF, HIGH, LOW, histogram
 from kvtool.statistics.reservoir import BLOCKS, FREE
 from kvtool.statistics.reservoir import TOKENS as BLOCK
@@ -52,7 +54,7 @@ def test_the_histogram_of_every_channel(llama: Model) -> None:
 
 def test_the_histogram_at_its_edges() -> None:
     values = torch.tensor([0.0, -0.0, 2.0**-13, 2.0**-12, 1.0, -1.0, 1.25, 1.2499999, 255.9, 256.0, 1e30, -1e30, 1e-40])
-    same(histogram(values[None, :, None])[0, 0], bins(values))
+    same(histogram(values[:, None])[0], bins(values))
 
 
 def test_gram(any_model: Model) -> None:
@@ -79,6 +81,13 @@ def test_neighbours(any_model: Model) -> None:
     for index, (lower, upper) in enumerate(itertools.pairwise(layers)):
         for kind in "kv":
             close(trace["neighbours"][kind][index], cosine(getattr(lower, kind), getattr(upper, kind)), torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, SLICE - 1, SLICE, SLICE + 1, 1000])
+def test_cosines_of_sequences_longer_than_a_slice(tokens: int) -> None:
+    x, y = torch.randn(2, 3, tokens, 8, generator=torch.Generator().manual_seed(tokens)).double()
+    each = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    close(cosines(x.float(), y.float()) / tokens, each.mean(-1), torch.float32)
 
 
 def test_neighbours_before_and_after_rope_agree_where_both_layers_turn_alike(llama: Model) -> None:
