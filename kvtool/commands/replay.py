@@ -7,11 +7,11 @@ from typing import Any
 
 from kvtool import files, options, plan
 from kvtool.commands import _corpora
-from kvtool.commands._console import progress, size, table
+from kvtool.commands._console import note, progress, size, table
 from kvtool.errors import InputError
 from kvtool.model import load
 from kvtool.replay.subject import Subject
-from kvtool.replay.verdict import Verdict, check, replay, task
+from kvtool.replay.verdict import Verdict, check, judging, replay, task
 
 SHELVES = (Path(__file__).parents[2] / "calibrations", Path(__file__).parents[1] / "calibrations")  # checkout, wheel
 
@@ -28,6 +28,12 @@ def run(
     if output is not None:
         files.check_output(output, force=force)
     read = plan.read(find(plan_path))
+    judged = judging(chosen, read)
+    silent = ", ".join(name for name in chosen if name not in judged)
+    if silent:
+        note(f"note: the full cache verifies what this plan drafts; left out, since they would judge it: {silent}")
+        chosen = {name: chosen[name] for name in judged}
+    check(bounds, chosen, drafts=read.draft is not None)
     model = load(name, dtype=dtype, device=device)
     read.check(model.fingerprint)
     subject = Subject(model, read, "strict" if strict else "official", chunk, seed)
@@ -74,6 +80,8 @@ def show(verdict: Verdict) -> None:
     facts, m = verdict.facts, verdict.metrics
     title = f"{facts['plan']['method']} on {facts['model']} · {facts['protocol']} prefill · "
     title += f"{facts['dtype']} on {facts['device']}"
+    if facts["drafts"] is not None:
+        title += f" · drafts {facts['drafts']} tokens a round; the full cache verifies: the output is its own"
     rows = [
         (label, form(m[full]) if full in m else "–", form(m[mine]), form_ratio(m, mine, full, ratio))
         for label, mine, full, ratio, form in _ROWS
@@ -101,6 +109,8 @@ _ROWS = (
     ("KL from full, nats", "kl", "", None, _number),
     ("top-1 agreement", "agreement", "", None, _number),
     ("same tokens before parting", "same_tokens", "", None, _number),
+    ("drafted tokens accepted", "acceptance", "", None, _number),
+    ("tokens per pass over the full cache", "tokens_per_pass", "", None, _number),
     ("bytes held", "bytes_held", "bytes_held_full", "bytes_ratio", size),
     ("bytes read per decode step", "bytes_read", "bytes_read_full", "", size),
     ("bytes moved", "bytes_moved", "", None, size),

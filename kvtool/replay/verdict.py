@@ -11,6 +11,7 @@ from typing import Any
 
 from kvtool import registry
 from kvtool.errors import InputError, unknown
+from kvtool.plan import Plan
 from kvtool.replay.subject import Progress, Result, Subject
 
 _OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -58,9 +59,13 @@ def parse(bound: str):
         ) from error
 
 
-def check(bounds: list[str], tasks: Iterable[str]) -> None:
-    """Raise InputError, before any work, for a bound that cannot be read or that none of these tasks measures."""
-    known = [metric for name in tasks for metric in task(name).METRICS]
+def check(bounds: list[str], tasks: Iterable[str], *, drafts: bool = True) -> None:
+    """Raise InputError, before any work, for a bound that cannot be read or that none of these tasks measures; without
+    `drafts`, under plans that do not draft."""
+    known = [
+        metric for name in tasks for metric in task(name).METRICS
+        if drafts or metric not in getattr(task(name), "DRAFTED", ())
+    ]  # fmt: skip
     for bound in bounds:
         name, _, _ = parse(bound)
         if name not in known:
@@ -72,14 +77,28 @@ def task(name: str):
     return registry.module("replay/tasks", name, "task")
 
 
+def judging(tasks: Iterable[str], plan: Plan) -> list[str]:
+    """Those of the tasks that say something about the plan: a draft's output is the full cache's, so that tasks which
+    judge output would judge the full cache. Raises InputError if none is left."""
+    found = [name for name in tasks if plan.draft is None or getattr(task(name), "DRAFTS", False)]
+    if not found:
+        raise InputError(
+            "the plan only drafts, and the full cache verifies: these tasks would judge the full cache",
+            got=", ".join(tasks), remedy="run generation or speed, or the plan without its draft",
+        )  # fmt: skip
+    return found
+
+
 def replay(subject: Subject, tasks: dict[str, Any], progress: Progress = lambda text: None) -> Verdict:
-    """Run the tasks, given as name → options."""
+    """Run the tasks, given as name → options; those that would judge the full cache are left out (see `judging`)."""
+    tasks = {name: tasks[name] for name in judging(tasks, subject.plan)}
     with subject.model.served():
         results = {name: task(name).run(subject, options, progress) for name, options in tasks.items()}
     facts = {
         "kind": "verdict",
         "model": subject.model.name,
         "plan": {"method": subject.plan.method, "options": subject.plan.options},
+        "drafts": None if subject.plan.draft is None else subject.plan.draft.tokens,
         "protocol": subject.protocol,
         "chunk": subject.chunk,
         "dtype": str(subject.model.dtype).removeprefix("torch."),

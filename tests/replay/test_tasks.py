@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.replay.subject import Subject, batches, half
 from kvtool.replay.verdict import task
+from kvtool.slots import Draft
 from tests.replay.conftest import LOSSLESS, windowed
 from tests.running import own
 
@@ -33,7 +35,8 @@ def run(name: str, subject: Subject) -> Any:
     options = module.Options(**SMALL[name])
     result = module.run(subject, options, steps.append)
     assert len(steps) == module.units(options)
-    assert tuple(sorted(result.metrics)) == tuple(sorted(module.METRICS))
+    drafted = set() if subject.plan.draft is not None else set(getattr(module, "DRAFTED", ()))
+    assert set(result.metrics) == set(module.METRICS) - drafted
     return result
 
 
@@ -51,7 +54,7 @@ def test_lossless(plan: str, fed: str, model: Model) -> None:
     assert m["text"]["kl"] == pytest.approx(0, abs=1e-6)
     assert m["text"]["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
     assert m["text"]["agreement"] == 1
-    assert m["generation"]["same_tokens"] == 6
+    assert (m["generation"]["same_tokens"], m["generation"]["identical"]) == (6, 1)
 
 
 @pytest.mark.parametrize("fed", FED)
@@ -62,6 +65,32 @@ def test_lossy(fed: str, model: Model) -> None:
     assert speed.metrics["bytes_ratio"] < 0.5
     assert speed.metrics["bytes_read"] < speed.metrics["bytes_read_full"] / 2
     assert speed.detail["entries"] == [[14, 14], [14, 14]]
+
+
+@pytest.mark.parametrize("fed", FED)
+def test_drafts(fed: str, model: Model) -> None:
+    made = replace(windowed(model), draft=Draft(3))
+    subject = Subject(model, made, **FED[fed])
+    written = run("generation", subject)
+    m = written.metrics
+    assert (m["same_tokens"], m["identical"]) == (6, 1)
+    assert m["acceptance"] == written.detail["accepted"] / written.detail["proposed"]
+    assert m["tokens_per_pass"] == 6 / written.detail["passes"]
+    speed, alone = run("speed", subject), run("speed", Subject(model, windowed(model), **FED[fed]))
+    m, own = speed.metrics, alone.metrics
+    assert m["bytes_held"] == m["bytes_held_full"] + own["bytes_held"]
+    assert m["bytes_ratio"] > 1
+    assert speed.detail["entries"] == alone.detail["entries"]
+    assert m["bytes_read_full"] / 3 < m["bytes_read"] <= m["bytes_read_full"] + 3 * own["bytes_read"]
+
+
+def test_a_lossless_draft_is_always_accepted(model: Model) -> None:
+    subject = Subject(model, Plan("by hand", model.fingerprint, draft=Draft(2)))
+    m = run("generation", subject).metrics
+    assert (m["acceptance"], m["tokens_per_pass"], m["identical"]) == (1, 3, 1)
+    m = run("speed", subject).metrics
+    assert m["bytes_ratio"] == 2
+    assert m["bytes_read"] == m["bytes_read_full"] * (1 + 2) / 3  # one pass and two drafts for three tokens
 
 
 def test_bytes_of_the_full_plan(model: Model) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 import operator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvtool.cli import document
+from kvtool.commands import replay as command
 from kvtool.errors import InputError
 from kvtool.model import Model
+from kvtool.plan import Plan, compose
 from kvtool.replay.subject import Result, Subject
-from kvtool.replay.verdict import Verdict, check, parse, replay, task
+from kvtool.replay.verdict import Verdict, check, judging, parse, replay, task
+from kvtool.slots import Draft
 from tests.replay.conftest import windowed
 from tests.replay.test_tasks import SMALL
 
@@ -32,7 +37,9 @@ def test_the_record_is_json(model: Model) -> None:
     }  # fmt: skip
     assert record["plan"]["method"] == "by hand"
     assert set(record["tasks"]) == set(SMALL)
-    assert set(record["metrics"]) == {metric for name in SMALL for metric in task(name).METRICS}
+    drafted = {metric for name in SMALL for metric in getattr(task(name), "DRAFTED", ())}
+    assert set(record["metrics"]) == {metric for name in SMALL for metric in task(name).METRICS} - drafted
+    assert record["drafts"] is None
 
 
 def test_what_json_has_no_word_for_is_null() -> None:
@@ -77,3 +84,29 @@ def test_metrics_that_nobody_measures() -> None:
     check(["recall<1", "kl>1"], ["passkey", "text"])
     with pytest.raises(InputError, match="unknown metric"):
         check(["recall<1"], ["text"])
+    check(["acceptance<1"], ["generation"])
+    with pytest.raises(InputError, match="unknown metric"):
+        check(["acceptance<1"], ["generation"], drafts=False)
+
+
+def test_a_draft_is_not_judged_by_the_full_caches_output(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = compose(windowed(model), Plan("draft", model.fingerprint, draft=Draft(2)))
+    with pytest.raises(InputError, match="would judge the full cache"):
+        judging(["passkey", "text"], made)
+    assert judging(["text", "speed"], windowed(model)) == ["text", "speed"]
+    path, small = made.write(str(tmp_path / "c.plan.safetensors")), ["generation.prompt=30", "generation.tokens=7"]
+
+    def run(tasks: str, bounds: list[str]) -> tuple[dict[str, Any], list[str]]:
+        return command.run(model.name, path, tasks, small, False, 0, bounds, None, 0, "cpu", "float32", False)
+
+    record, broken = run("passkey,text,generation", ["acceptance<0", "identical<1"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "would judge it: passkey, text" in said
+    assert "drafts 2 tokens a round; the full cache verifies" in said
+    assert broken == []
+    assert (list(record["tasks"]), record["drafts"], record["metrics"]["same_tokens"]) == (["generation"], 2, 7)
+    assert record["plan"]["method"] == "by hand + draft"
+    with pytest.raises(InputError, match="unknown metric"):
+        run("passkey,generation", ["recall<1"])

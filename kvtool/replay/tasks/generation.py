@@ -1,14 +1,24 @@
-"""What both sides write after the same prompt, and where they first part."""
+"""What both sides write after the same prompt, and where they first part.
+
+Under a plan that drafts, its side is speculation: the plan's cache drafts, the full cache verifies.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.text import text
 from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject, half
+from kvtool.speculate import speculate
 
-METRICS = ("same_tokens",)
+DRAFTED = ("acceptance", "tokens_per_pass")  # only under a plan that drafts
+METRICS = ("same_tokens", "identical", *DRAFTED)
+DRAFTS = True
 
 
 @dataclass(frozen=True)
@@ -29,14 +39,35 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         half=half(options.source),
     )  # fmt: skip
     prompt = corpus.samples[0].tokens[None]
-    ids, written = {}, {}
-    for side, cache in subject.both(prompt[:, :-1]).items():
-        out = subject.greedy(cache, prompt[:, -1:], options.tokens)[0]
-        ids[side], written[side] = out.tolist(), subject.model.tokenizer.decode(out)
+    caches = subject.both(prompt[:, :-1])
+    written: dict[str, list[int]] = {}
+    metrics: dict[str, float] = {}
+    facts: dict[str, Any] = {}
+    if subject.plan.draft is not None:
+        written["plan"], metrics, facts = _drafted(subject, caches, prompt[:, -1:], options.tokens)
+        caches = {"full": subject.cache("full", options.prompt)}
+        subject.prefill(caches["full"], prompt[:, :-1])
         progress("generation")
-    same = next((i for i, (a, b) in enumerate(zip(ids["full"], ids["plan"], strict=True)) if a != b), options.tokens)
-    detail = {"prompt_end": subject.model.tokenizer.decode(prompt[0, -24:]), **written}
-    return Result({"same_tokens": float(same)}, {**detail, "tokens": options.tokens})
+    for side, cache in caches.items():
+        written[side] = subject.greedy(cache, prompt[:, -1:], options.tokens)[0].tolist()
+        progress("generation")
+    pairs = zip(written["full"], written["plan"], strict=True)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), options.tokens)
+    metrics |= {"same_tokens": float(same), "identical": float(same == options.tokens)}
+    texts = {side: subject.model.tokenizer.decode(torch.tensor(written[side])) for side in SIDES}
+    detail = {"prompt_end": subject.model.tokenizer.decode(prompt[0, -24:]), **texts}
+    return Result(metrics, {**detail, "tokens": options.tokens, **facts})
+
+
+def _drafted(
+    subject: Subject, caches: dict[str, SegmentCache], token: torch.Tensor, steps: int
+) -> tuple[list[int], dict[str, float], dict[str, Any]]:
+    """The tokens, metrics and facts of speculation after `token` int64 [1,1]."""
+    assert subject.plan.draft is not None
+    out = speculate(subject.model, caches["full"], caches["plan"], token, steps, tokens=subject.plan.draft.tokens)
+    metrics = {"acceptance": out.acceptance, "tokens_per_pass": out.tokens_per_pass}
+    facts = {"proposed": out.proposed, "accepted": out.accepted, "passes": out.passes, "near_ties": out.near_ties}
+    return out.tokens[0].tolist(), metrics, facts
 
 
 def units(options: Options) -> int:
@@ -48,4 +79,6 @@ def show(result: Result):
     """The two texts side by side: (columns, rows) for the terminal."""
     same, most = int(result.metrics["same_tokens"]), result.detail["tokens"]
     parted = f"the same {most} tokens" if same == most else f"part after {same} of {most} tokens"
+    if same < most and same in result.detail.get("near_ties", ()):
+        parted += ", at a near tie"
     return ("full cache", f"this plan ({parted})"), [(result.detail["full"].strip(), result.detail["plan"].strip())]

@@ -2,6 +2,9 @@
 prefill and a step take.
 
 The sides take turns, so that a busy machine slows both. Times are medians; ratios are of medians from this run.
+
+Under a plan that drafts, its side is speculation: it holds both caches, and a decode step is a token written, in the
+mean over all of them, timed after the full cache's steps.
 """
 
 from __future__ import annotations
@@ -11,13 +14,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
+from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.text import text
 from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject
+from kvtool.speculate import speculate
 
+Made = TypeVar("Made")
+DRAFTS = True
 METRICS = (
     "bytes_held", "bytes_held_full", "bytes_ratio", "bytes_read", "bytes_read_full", "bytes_moved", "prefill_seconds",
     "prefill_seconds_full", "prefill_ratio", "decode_seconds", "decode_seconds_full", "decode_ratio",
@@ -41,43 +49,60 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
     prompt = corpus.samples[0].tokens[None]
     prefill: dict[str, list[float]] = {side: [] for side in SIDES}
     decode: dict[str, list[float]] = {side: [] for side in SIDES}
-    caches = {}
+    caches: dict[str, list[SegmentCache]] = {}
     for _ in range(options.repeats):
         for side in SIDES:
-            caches[side] = subject.cache(side, options.length)
-            prefill[side].append(_timed(partial(subject.prefill, caches[side], prompt)))
+            seconds, caches[side] = _timed(partial(_filled, subject, side, prompt))
+            prefill[side].append(seconds)
             progress("prefill time")
-    held = {side: caches[side].nbytes for side in SIDES}
-    read = {side: caches[side].read_bytes for side in SIDES}
-    token = prompt[:, -1:]
+    held = {side: sum(cache.nbytes for cache in caches[side]) for side in SIDES}
+    read = {side: float(caches[side][0].read_bytes) for side in SIDES}
+    token, drafts = prompt[:, -1:], subject.plan.draft
     for _ in range(options.steps):
-        for side in SIDES:
-            decode[side].append(_timed(partial(subject.step, caches[side], token)))
+        for side in SIDES if drafts is None else SIDES[:1]:
+            decode[side].append(_timed(partial(subject.step, caches[side][0], token))[0])
         progress("decode time")
-    seconds = {side: (statistics.median(prefill[side]), statistics.median(decode[side])) for side in SIDES}
+    if drafts is not None:
+        full, draft = caches["plan"]
+        each = full.read_bytes, draft.read_bytes
+        work = partial(speculate, subject.model, full, draft, token, options.steps, tokens=drafts.tokens)
+        seconds, out = _timed(work)
+        decode["plan"].append(seconds / options.steps)
+        read["plan"] = (out.passes * each[0] + out.proposed * each[1]) / options.steps
+    median = {side: (statistics.median(prefill[side]), statistics.median(decode[side])) for side in SIDES}
     metrics = {
         "bytes_held": float(held["plan"]),
         "bytes_held_full": float(held["full"]),
         "bytes_ratio": held["plan"] / held["full"],
-        "bytes_read": float(read["plan"]),
-        "bytes_read_full": float(read["full"]),
-        "bytes_moved": float(caches["plan"].moved_bytes),
-        "prefill_seconds": seconds["plan"][0],
-        "prefill_seconds_full": seconds["full"][0],
-        "prefill_ratio": seconds["plan"][0] / seconds["full"][0],
-        "decode_seconds": seconds["plan"][1],
-        "decode_seconds_full": seconds["full"][1],
-        "decode_ratio": seconds["plan"][1] / seconds["full"][1],
+        "bytes_read": read["plan"],
+        "bytes_read_full": read["full"],
+        "bytes_moved": float(caches["plan"][-1].moved_bytes),
+        "prefill_seconds": median["plan"][0],
+        "prefill_seconds_full": median["full"][0],
+        "prefill_ratio": median["plan"][0] / median["full"][0],
+        "decode_seconds": median["plan"][1],
+        "decode_seconds_full": median["full"][1],
+        "decode_ratio": median["plan"][1] / median["full"][1],
     }
-    return Result(metrics, {"length": options.length, "entries": caches["plan"].entries().tolist()})
+    return Result(metrics, {"length": options.length, "entries": caches["plan"][-1].entries().tolist()})
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _filled(subject: Subject, side: str, prompt: torch.Tensor) -> list[SegmentCache]:
+    """What a side holds after the prompt int64 [1,T]: one cache, or the full one and the draft's."""
+    if side == "plan" and subject.plan.draft is not None:
+        return list(subject.both(prompt).values())
+    cache = subject.cache(side, prompt.shape[1])
+    subject.prefill(cache, prompt)
+    return [cache]
+
+
+def _timed(work: Callable[[], Made]) -> tuple[float, Made]:
+    """Seconds that `work` took, and what it made."""
     start = time.perf_counter()
-    work()
+    made = work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, made
 
 
 def units(options: Options) -> int:
