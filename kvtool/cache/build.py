@@ -5,24 +5,33 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kvtool.cache.board import Board
 from kvtool.cache.bulk import Bulk
 from kvtool.cache.lane import Lane
-from kvtool.cache.reader import Reader
+from kvtool.cache.pool import Member, Pool
+from kvtool.cache.reader import Place, Reader
+from kvtool.cache.segments import Coded
 from kvtool.cache.selector import Selector
 from kvtool.cache.window import Window
 from kvtool.encoding.encoding import Encoding
+from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
-from kvtool.slots import EVERYTHING, RAW, Select
+from kvtool.slots import EVERYTHING, RAW, Read, Select, Store
 
 
-def lanes(model: Model, plan: Plan | None, layer: int, prompt_length: int) -> list[Lane]:
-    """The lanes of one layer, empty."""
+def lanes(
+    model: Model, plan: Plan | None, layer: int, prompt_length: int, part: int = 0, board: Board | None = None
+) -> list[Lane]:
+    """The lanes of one layer, empty, for a part of the batch; layers that read what others choose meet at `board`."""
     window = model.geometry.windows[layer]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for head in range(model.geometry.kv_heads):
         groups.setdefault(_policy(plan, layer, head, window, prompt_length), []).append(head)
-    return [_lane(model, plan, layer, window, policy, heads) for policy, heads in groups.items()]
+    board = board or Board()
+    return [
+        _lane(model, plan, Place(part, layer, tuple(heads), board), window, policy) for policy, heads in groups.items()
+    ]
 
 
 def per_row(plan: Plan | None) -> bool:
@@ -50,9 +59,8 @@ def _alone(spec: Select) -> bool:
     return spec.spread != "head" or spec.mass > 0
 
 
-def _lane(
-    model: Model, plan: Plan | None, layer: int, window: int | None, policy: tuple[Any, ...], heads: list[int]
-) -> Lane:
+def _lane(model: Model, plan: Plan | None, place: Place, window: int | None, policy: tuple[Any, ...]) -> Lane:
+    layer, heads = place.layer, list(place.heads)
     if policy[0] == "window":
         _, sink, recent, compensate = policy
         turn = plan is not None and plan.keep is not None and plan.keep.position == "reindex"
@@ -76,17 +84,34 @@ def _lane(
             "value": _checked(store.values[policy[1]], heads, model),
             "rotary": model.rotary(layer),
         }
-    if plan.read is not None:
-        read = plan.read
-        options["reader"] = Reader(read, float(read.budget[layer]))
-        options["sink"] = max(options.get("sink", 0), read.sink)
-        options["recent"] = max(options.get("recent", 0), read.recent)
-        block = options.get("block", read.unit)
-        options["block"] = block * read.unit // math.gcd(block, read.unit)
+        if store.span > 1:
+            options["member"] = _member(model, store, place, policy[1])
+    read = plan.read
+    if read is not None and read.acts(layer):
+        options["reader"] = Reader(read, place)
+    if read is not None and options.keys() & {"reader", "key"}:
+        options |= _limits(read, plan.store)
     return Bulk(heads, **options)
 
 
+def _limits(read: Read, store: Store | None) -> dict[str, int]:
+    """Of all heads and layers alike, raw ones too: what one layer chooses, another may read."""
+    sink, recent, block = (0, 0, 1) if store is None else (store.sink, store.recent, store.block)
+    return {"sink": max(sink, read.sink), "recent": max(recent, read.recent), "block": math.lcm(block, read.unit)}
+
+
+def _member(model: Model, store: Store, place: Place, number: int) -> Member:
+    """The layer's share of its span's pool, which the span's first layer founds."""
+    first = place.layer - place.layer % store.span
+    if place.layer == first:
+        coded = Coded(store.keys[number], store.values[number], model.rotary(first))
+        place.board.pools[place.part, first] = Pool(coded, store.span, model.geometry.kv_heads)
+    elif model.rotary(place.layer).kind != model.rotary(first).kind and not store.keys[number].rotated:
+        raise InputError(
+            f"layers {first} and {place.layer} rotate keys differently and cannot be stored as one before RoPE"
+        )
+    return Member(place.board.pools[place.part, first], place.layer - first)
+
+
 def _checked(encoding: Encoding, heads: list[int], model: Model) -> Encoding:
-    own = encoding.heads(heads, model.geometry.kv_heads)
-    own.check(len(heads), model.geometry.head_dim)
-    return own
+    return encoding.heads(heads, model.geometry.kv_heads)

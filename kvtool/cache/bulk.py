@@ -6,22 +6,27 @@ A block leaves `recent` for the bulk when R + block entries stand there, is enco
 After t tokens the bulk therefore holds block · ⌊(t − S − R) / block⌋ of them, whatever the prompt's cut, unless a
 selection thinned the prompt first. A query never sees the effect of its own token: entries move after the attention.
 
-Without a store all entries are `recent`. Shapes as in `lane.py`.
+Without a store all entries are `recent`. A branch has the shared entries of what it branched from before all others.
+Shapes as in `lane.py`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
 
 from kvtool.cache.lane import Lane, Partial, Step
+from kvtool.cache.pool import Member
 from kvtool.cache.reader import Reader
 from kvtool.cache.segments import Coded, Dense, Segment
 from kvtool.cache.selector import Selector, merged
+from kvtool.cache.shared import Shared
 from kvtool.encoding.encoding import Encoding
+from kvtool.errors import InputError
 from kvtool.rotary import Rotary
-from kvtool_kernels.ops import merge
+from kvtool_kernels.ops import attend, merge
 
 
 class Bulk(Lane):
@@ -39,26 +44,36 @@ class Bulk(Lane):
         rotary: Rotary | None = None,
         selector: Selector | None = None,
         reader: Reader | None = None,
+        member: Member | None = None,
     ):
         super().__init__(heads)
         self.limits, self.block = (sink, recent), block
         self.encodings, self.rotary = (key, value), rotary
-        self.selector, self.reader = selector, reader
+        self.selector, self.reader, self.member = selector, reader, member
         self.clear()
 
     def clear(self) -> None:
-        key, value = self.encodings
         self.sinks, self.recent = Dense(), Dense()
-        self.bulk: Segment = Dense()
-        if key is not None and value is not None:
-            self.bulk = Coded(key, value, self.rotary)
-            self.bulk.positions = self._bulk_positions
-        self.positions: torch.Tensor | None = None  # int64 [B,K,N] of all entries, where keys need them
+        self.bulk: Segment = self._fresh()
+        self.shared: list[Shared] = []
+        self.positions: torch.Tensor | None = None  # int64 [B,K,N] of all entries not shared, where keys need them
         self.fed = self.origin = 0
         self.finished = self.selector is None
         for part in (self.selector, self.reader):
             if part is not None:
                 part.clear()
+
+    def _fresh(self) -> Segment:
+        if self.member is not None:
+            self.member.pool.coded.positions = self._bulk_positions
+            return self.member
+        key, value = self.encodings
+        slow = self.reader is not None and self.reader.slow
+        if key is None or value is None:
+            return Dense(slow=slow)
+        made = Coded(key, value, self.rotary, slow=slow)
+        made.positions = self._bulk_positions
+        return made
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
         pieces = self._pieces(k.shape[2]) if step.strict else [k.shape[2]]
@@ -71,10 +86,12 @@ class Bulk(Lane):
         return torch.cat([out for out, _ in outs], dim=2), torch.cat([lse for _, lse in outs], dim=2)
 
     def _pieces(self, tokens: int) -> list[int]:
-        """The tokens of a chunk, cut where a block moves."""
+        """The tokens of a chunk, cut where a block moves; one by one if each chooses what it reads."""
         if self.block is None or not self.finished:
             return [tokens]
-        room = sum(self.limits) + self.block - self.sinks.length - self.recent.length
+        if self.reader is not None:
+            return [1] * tokens
+        room = self._lacking() + self.limits[1] + self.block - self.recent.length
         first = min(tokens, room)
         rest = tokens - first
         return [first, *[self.block] * (rest // self.block), *[rest % self.block] * (rest % self.block > 0)]
@@ -100,6 +117,10 @@ class Bulk(Lane):
 
     def _attend(self, q: torch.Tensor, step: Step, *, causal: bool) -> Partial:
         out = self.recent.attend(q, step, causal=causal)
+        return self._attend_before(q, step, out)
+
+    def _attend_before(self, q: torch.Tensor, step: Step, out: Partial) -> Partial:
+        """`out`, merged with attention over everything that is not recent."""
         if self.bulk.length:
             if self.reader is not None and q.shape[2] == 1:
                 out = merge(self.reader.attend(q, self.bulk, step), out)
@@ -107,22 +128,60 @@ class Bulk(Lane):
                 out = merge(self.bulk.attend(q, step), out)
         if self.sinks.length:
             out = merge(self.sinks.attend(q, step), out)
+        for segment in self.shared:
+            out = merge(segment.attend(q, step), out)
         return out
 
-    def peek(self, q: torch.Tensor, step: Step) -> Partial:
-        return self._attend(q, step, causal=False)
+    def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        out = attend(q, k, v, causal=True, **step.options)
+        if self.recent.length:
+            out = merge(self.recent.attend(q, step), out)
+        return self._attend_before(q, step, out)
 
-    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
-        self._receive(k, v, step)
+    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
+        if q is None or self.selector is None or not self.finished:
+            self._receive(k, v, step)
+        else:
+            for row, key, value in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True):
+                self._receive(key, value, step)
+                self.selector.step(row, self.recent, step)
         self._move()
+
+    def branch(self) -> Bulk:
+        """Full sinks and the bulk are shared, and recent entries too where no block leaves them."""
+        if self.reader is not None or (self.selector is not None and self.selector.running is not None):
+            raise InputError(
+                "entries that later tokens choose from, or evict, cannot be shared",
+                got="a plan that " + ("reads selectively" if self.reader is not None else "evicts at every step"),
+                remedy="feed the prefix to every row, or share it under a plan without that",
+            )
+        assert self.finished
+        made = copy.copy(self)
+        made.selector = None
+        made.bulk, made.shared = made._fresh(), list(self.shared)
+        parts = [self.recent] if self.block is None else [self.sinks, self.bulk] if self._lacking() == 0 else []
+        first = 0
+        for part in parts:
+            if part.length:
+                places = None if self.positions is None else self.positions[:, :, first : first + part.length]
+                places = None if places is None else places + self.origin
+                made.shared.append(Shared(part, len(self.heads), self._ahead() + first + self.origin, places))
+            first += part.length
+        if self.positions is not None:
+            made.positions = self.positions[:, :, first:].clone()
+        for name in ("sinks", "recent"):
+            held, own = getattr(self, name), Dense()
+            if held not in parts and held.length:
+                own.append(*held.recall())
+            setattr(made, name, own)
+        return made
 
     def _move(self) -> None:
         """Sinks first, then whole blocks into the bulk."""
         if self.block is None or not self.finished:
             return
-        sink, recent = self.limits
-        spare = self.recent.length - recent
-        missing = min(sink - self.sinks.length, spare)
+        spare = self.recent.length - self.limits[1]
+        missing = min(self._lacking(), spare)
         if missing > 0:
             self.sinks.append(*self.recent.pop(missing))
             spare -= missing
@@ -132,6 +191,14 @@ class Bulk(Lane):
             if self.reader is not None:
                 self.reader.append(k, v)
             self.bulk.append(k, v)
+
+    def _lacking(self) -> int:
+        """Sinks that are still to come."""
+        return max(0, self.limits[0] - self._ahead() - self.sinks.length)
+
+    def _ahead(self) -> int:
+        """Shared entries."""
+        return sum(segment.length for segment in self.shared)
 
     def finish(self) -> None:
         self.finished = True
@@ -155,18 +222,21 @@ class Bulk(Lane):
     def _bulk_positions(self, low: int, high: int) -> torch.Tensor:
         """Positions of entries of the bulk, int64 [S] or [B,K,S]."""
         low, high = low + self.sinks.length, high + self.sinks.length
-        held = torch.arange(low, high) if self.positions is None else self.positions[:, :, low:high]
+        held = torch.arange(low, high) + self._ahead() if self.positions is None else self.positions[:, :, low:high]
         return held + self.origin
 
     def recall(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        parts = [segment.recall() for segment in self._segments() if segment.length]
+        parts = [segment.recall() for segment in self._everything() if segment.length]
         return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2), 0
 
     def _segments(self) -> tuple[Segment, ...]:
         return self.sinks, self.bulk, self.recent
 
+    def _everything(self) -> list[Shared | Segment]:
+        return [*self.shared, *self._segments()]
+
     def buffers(self) -> Iterator[torch.Tensor]:
-        for segment in self._segments():
+        for segment in self._everything():
             yield from segment.buffers()
         if self.positions is not None:
             yield self.positions
@@ -175,17 +245,17 @@ class Bulk(Lane):
                 yield from part.buffers()
 
     def entries(self) -> int:
-        return sum(segment.length for segment in self._segments())
+        return self._ahead() + sum(segment.length for segment in self._segments())
 
     def read_bytes(self) -> int:
-        raw = self.sinks.read_bytes() + self.recent.read_bytes()
+        raw = sum(segment.read_bytes() for segment in self._everything() if segment is not self.bulk)
         return raw + (self.bulk.read_bytes() if self.reader is None else self.reader.read_bytes(self.bulk))
 
     def moved_bytes(self) -> int:
-        return 0 if self.reader is None else self.reader.moved
+        return self.bulk.moved
 
     def reorder(self, rows: torch.Tensor) -> None:
-        for segment in self._segments():
+        for segment in self._everything():
             segment.reorder(rows)
         if self.positions is not None:
             self.positions = self.positions[rows]

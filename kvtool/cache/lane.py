@@ -47,12 +47,19 @@ class Lane(ABC):
         """Attend q [B,H,T,D] over the held entries and the new k, v [B,K,T,D], then keep what the policy keeps."""
 
     @abstractmethod
-    def peek(self, q: torch.Tensor, step: Step) -> Partial:
-        """Attend q [B,H,T,D], which stands after everything, over the held entries; nothing changes."""
+    def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        """Attend q [B,H,T,D] over the held entries and k, v [B,K,N,D] that follow them, the last T of which are the
+        queries' own, as if all N had been decoded; but nothing is kept, and nothing is encoded or evicted by score."""
 
     @abstractmethod
-    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
-        """Keep what the policy keeps of k, v [B,K,T,D], attending to nothing."""
+    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
+        """Keep what the policy keeps of k, v [B,K,T,D], attending to nothing; q [B,H,T,D] for policies that look at
+        the queries of decode steps."""
+
+    @abstractmethod
+    def branch(self) -> Lane:
+        """A lane that goes on from here and leaves this one alone. What no later token changes is shared between the
+        two, and between all rows of the new one."""
 
     def finish(self) -> None:
         """The prompt is in: do what waits for its end. Called once, before the first decode step."""

@@ -1,78 +1,241 @@
-"""Reading only what a query needs: units of the bulk, summarised when they come in, scored and chosen at decode.
+"""Reading only what a query needs: units of the bulk are scored and chosen, and attention sees the chosen ones alone.
 
-A `Reader` belongs to one lane. It holds the summaries and the last choice; entries stay in the lane's bulk.
+    who is due? → scores of all units → a ranking per chooser, own or another layer's → the best → attend → tail
+
+A `Reader` belongs to one lane. It holds the summaries (see `units.py`) and the last choice; entries stay in the
+lane's bulk. A budget of everything is `bulk.attend`, bit for bit. Choices are made per row and KV head, or per query
+head, so that neither the rest of the batch nor the other heads of the lane matter.
+
+Bytes read are those of the last step: the chosen units' union, in whole pages, and the summaries as often as they
+have been looked at on average so far. Shapes: as in `units.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from kvtool import registry
+from kvtool.cache import tails
+from kvtool.cache.board import Board, Post
 from kvtool.cache.lane import Partial, Step
 from kvtool.cache.segments import Segment
+from kvtool.cache.selector import reduced
+from kvtool.cache.summaries._base import Given, wide
+from kvtool.cache.units import Units
 from kvtool.slots import Read
-from kvtool_kernels.ops import attend
+from kvtool_kernels.ops import attend, merge
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose reader it is: the part of the batch, the layer, the lane's KV heads; and the cache's board."""
+
+    part: int
+    layer: int
+    heads: tuple[int, ...]
+    board: Board
 
 
 class Reader:
-    """`budget`: entries of the bulk that one step reads, a share of it when ≤ 1."""
+    """State is replaced, never written into."""
 
-    def __init__(self, spec: Read, budget: float):
-        self.spec, self.budget = spec, budget
-        self.rule = registry.module("cache/summaries", spec.summary, "summary")
+    def __init__(self, spec: Read, place: Place):
+        self.spec, self.place = spec, place
+        self.budget = float(spec.budget[place.layer])
+        self.leader = spec.leader(place.layer)
+        self.leads, self.follows = len(spec.followers(place.layer)), self.leader != place.layer
+        self.slow = spec.slow and self.budget != 1.0
+        table = None if spec.table is None else spec.table[place.layer]
+        if table is not None and len(place.heads) != len(table):  # all heads need no copy
+            table = table[list(place.heads)]
+        self.units = Units(spec, Given(table, spec.rank))
+        self.scores_itself = not self.follows or spec.tail != "drop"
         self.clear()
 
     def clear(self) -> None:
-        self.summary: tuple[torch.Tensor, ...] = ()
-        self.choice: torch.Tensor | None = None  # int64 [B,K,M] units, in order
-        self.age = 0
-        self.moved = 0
+        self.units.clear()
+        self.choice: torch.Tensor | None = None  # int64 [B,K,C,M], the last first; −1 where a chooser has fewer
+        self.age: torch.Tensor | None = None  # steps since each choice, int64 [B,K,C]
+        self.asked: torch.Tensor | None = None  # the queries that chose [B,K,G,D], where `jump` compares with them
+        self.fetched: tuple[torch.Tensor, ...] = ()  # what was read of a slow bulk, as long as it is read again
+        self.known = 0  # elements of the bulk that the choice was made from, or extended by
+        self.whole = False  # did the last step read everything?
+        self.reads = self.asks = self.looks = 0  # steps; choosers in all of them, and those that chose anew
+        self.group = 1  # query heads of a KV head
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Summarise entries k, v [B,K,S,D], S a multiple of the unit, that join the bulk."""
-        made = self.rule.summarise(k.unflatten(2, (-1, self.spec.unit)))
-        self.summary = made if not self.summary else tuple(
-            torch.cat(pair, dim=2) for pair in zip(self.summary, made, strict=True)
-        )  # fmt: skip
+        """Entries k, v [B,K,S,D], S a multiple of the unit, are about to join the bulk."""
+        if self.scores_itself:
+            self.units.append(k, v)
 
-    def units(self, bulk: Segment) -> int:
-        """Units that one step reads of this bulk."""
+    def count(self, bulk: Segment) -> int:
+        """Elements that a chooser reads of this bulk."""
         entries = self.budget * bulk.length if self.budget <= 1 else self.budget
-        return min(bulk.length // self.spec.unit, max(1, round(entries / self.spec.unit)))
+        wanted = max(1, round(entries / self.units.grain)) + self.spec.outliers
+        return min(bulk.length // self.units.grain, wanted)
 
     def attend(self, q: torch.Tensor, bulk: Segment, step: Step) -> Partial:
         """Attend q [B,H,1,D] over the chosen units of the bulk."""
-        count = self.units(bulk)
-        if count * self.spec.unit == bulk.length:
+        self.reads += 1
+        count, total = self.count(bulk), bulk.length // self.units.grain
+        self.whole = count == total
+        if self.whole and not self.leads and not self.follows:
+            self.choice, self.fetched = None, ()
             return bulk.attend(q, step)
-        if self.choice is None or self.age >= self.spec.period or self.choice.shape[2] != count:
-            self.choice, self.age = self._choose(q, count), 0
-        self.age += 1
-        k, v = bulk.gather(self.choice, self.spec.unit)
-        if self.spec.slow:
-            self.moved += bulk.read_bytes() * count * self.spec.unit // bulk.length
-        return attend(q, k, v, **step.options)
+        grouped = q[:, :, 0].unflatten(1, (len(self.place.heads), -1))
+        self.group = grouped.shape[2]
+        if self.scores_itself:
+            self.units.settle(bulk)
+        scores = None if self.spec.tail == "drop" else self.units.scores(grouped, bulk)
+        due, ranked = self._taken() if self.follows else self._asked(grouped, scores, bulk, step)
+        changed = self._choose(due, ranked, count, total)
+        if self.whole:
+            self.fetched = ()
+            return bulk.attend(q, step)
+        out = self._over(grouped, bulk, step, changed=changed)
+        if scores is not None:
+            out = merge(out, self._tail(out, scores, bulk, step))
+        return out[0].flatten(1, 2)[:, :, None], out[1].flatten(1, 2)[:, :, None]
 
-    def _choose(self, q: torch.Tensor, count: int) -> torch.Tensor:
-        kv_heads = self.summary[0].shape[1]
-        scores = self.rule.score(q[:, :, 0].unflatten(1, (kv_heads, -1)), self.summary)
-        scores = {"max": scores.amax, "mean": scores.mean, "sum": scores.sum}[self.spec.heads](2)
-        return scores.topk(count, dim=-1).indices.sort(-1).values
+    # who chooses anew, by which scores
+
+    def _asked(
+        self, q: torch.Tensor, scores: torch.Tensor | None, bulk: Segment, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which choosers are due, bool [B,K,C]; and if any, the scores of all elements [B,K,C,N]."""
+        due, ranked = self._due(q), None
+        if bool(due.any()):
+            scores = self.units.scores(q, bulk) if scores is None else scores
+            ranked = self.units.elements(self.units.apart(self._ranked(scores, step)))
+            if self.spec.jump is not None:
+                self.asked = q.clone() if self.asked is None else torch.where(due[..., None], q, self.asked)
+        self.looks, self.asks = self.looks + int(due.sum()), self.asks + due.numel()
+        for at, head in enumerate(self.place.heads if self.leads else ()):
+            post: Post = (due[:, at], None if ranked is None else ranked[:, at])
+            self.place.board.post((self.place.part, self.place.layer, head, self.reads), self.leads, post)
+        return due, ranked
+
+    def _taken(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same from the layer that this one goes by."""
+        posts = [self.place.board.take((self.place.part, self.leader, head, self.reads)) for head in self.place.heads]
+        due = torch.stack([due for due, _ in posts], 1)
+        some = next((scores for _, scores in posts if scores is not None), None)
+        if some is None:
+            return due, None  # a head of which nobody is due may still stand beside one of which somebody is
+        return due, torch.stack([torch.zeros_like(some) if scores is None else scores for _, scores in posts], 1)
+
+    def _due(self, q: torch.Tensor) -> torch.Tensor:
+        choosers = q.shape[2] if self.spec.heads == "each" else 1
+        if self.choice is None or self.age is None:
+            return torch.ones(*q.shape[:2], choosers, dtype=torch.bool, device=q.device)
+        due = self.age >= (self.spec.period or torch.iinfo(torch.int64).max)
+        if self.spec.jump is not None and self.asked is not None:
+            cosine = torch.cosine_similarity(wide(q), wide(self.asked), dim=-1)
+            due = due | (cosine.unflatten(2, (choosers, -1)).mean(-1) < self.spec.jump)
+        return due
+
+    def _ranked(self, scores: torch.Tensor, step: Step) -> torch.Tensor:
+        """Scores [B,K,G,U] per query head → [B,K,C,U] per chooser."""
+        if self.spec.softmax:
+            scores = torch.softmax(tails.capped(scores, step), -1)
+        return scores if self.spec.heads == "each" else reduced(scores, self.spec.heads, 2)[:, :, None]
+
+    # the choice, and attention over it
+
+    def _choose(self, due: torch.Tensor, ranked: torch.Tensor | None, count: int, total: int) -> bool:
+        """Those who are due choose `count` of `total` elements; the others read on, and what is new too. Any change?"""
+        grown, self.known = range(self.known, total), total
+        self.age = torch.where(due, 1, 1 if self.age is None else self.age + 1)
+        if ranked is None:
+            assert self.choice is not None
+            self.choice = _extended(self.choice, grown)
+            return len(grown) > 0
+        fresh = self.units.best(ranked, count)
+        if self.choice is None or bool(due.all()):
+            self.choice = fresh
+            return True
+        old = _extended(self.choice, grown)
+        width = max(fresh.shape[3], old.shape[3])
+        fresh, old = (torch.nn.functional.pad(x, (0, width - x.shape[3]), value=-1) for x in (fresh, old))
+        choice = torch.where(due[..., None], fresh, old)
+        self.choice = choice[..., : int((choice >= 0).sum(-1).max())].clone()
+        return True
+
+    def _over(self, q: torch.Tensor, bulk: Segment, step: Step, *, changed: bool) -> Partial:
+        """q [B,K,G,D] over the choice → [B,K,G,D], [B,K,G]; choosers are rows of a batch with one KV head each."""
+        assert self.choice is not None
+        batch, kv_heads, choosers, _ = self.choice.shape
+        if changed or not self.fetched:
+            self.fetched = bulk.gather(self.choice.clamp_min(0).flatten(2), self.units.grain)
+        k, v = (x.reshape(batch * kv_heads * choosers, 1, -1, x.shape[-1]) for x in self.fetched)
+        if not self.slow or self.spec.period == 1:
+            self.fetched = ()
+        hidden, bias = self.choice < 0, None
+        if self.spec.jump is not None and bool(hidden.any()):
+            bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
+            bias = bias.repeat_interleave(self.units.grain, 3).reshape(len(k), 1, 1, -1)
+        out, lse = attend(q.reshape(len(k), -1, 1, q.shape[-1]), k, v, bias=bias, **step.options)
+        return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+    def _tail(self, read: Partial, scores: torch.Tensor, bulk: Segment, step: Step) -> Partial:
+        """The partial result [B,K,G,D], [B,K,G] that stands for what is not `read`."""
+        assert self.choice is not None
+        unread, sizes = self.units.unread(self.choice, scores.shape[3])
+        logits = tails.capped(scores, step)
+        if self.units.total is not None:
+            value, lse = tails.mean(read[1], logits, unread, sizes, self.units.total / bulk.length)
+        else:
+            assert self.units.values is not None
+            unread = tails.foremost(unread, self._ranked(scores, step), self.spec.estimated)
+            value, lse = tails.estimate(logits, unread, self.units.values)
+        return value.to(read[0].dtype), lse
+
+    # the ledger, and what is held
 
     def read_bytes(self, bulk: Segment) -> int:
-        """Summaries and the chosen units, whole."""
+        """Summaries, tail, and the units chosen by the last step; by the next one if none has been."""
         if bulk.length == 0:
             return 0
-        count = self.units(bulk)
-        if count * self.spec.unit == bulk.length:
-            return bulk.read_bytes()
-        return sum(part.nbytes for part in self.summary) + bulk.read_bytes() * count * self.spec.unit // bulk.length
+        whole = self.whole if self.reads else self.count(bulk) * self.units.grain == bulk.length
+        looked = 0
+        if self.scores_itself and (not whole or self.leads):
+            looked = self.units.looked_bytes(bulk, self.group, whole=whole)
+            if self.spec.tail == "drop" and self.asks:
+                looked = looked * self.looks // self.asks
+        if whole:
+            return looked + bulk.read_bytes()
+        return looked + self.units.tail_bytes() + self._chosen_bytes(bulk)
+
+    def _chosen_bytes(self, bulk: Segment) -> int:
+        """Bytes of the pages that the union of each KV head's choices touches."""
+        if self.choice is None:
+            return bulk.read_bytes() * self.count(bulk) * self.units.grain // bulk.length
+        batch, kv_heads, grain, page = *self.choice.shape[:2], self.units.grain, self.spec.page
+        entries = (self.choice[..., None] * grain + torch.arange(grain, device=self.choice.device)).flatten(2)
+        pages = -(-bulk.length // page)
+        index = torch.where(entries < 0, pages, entries // page)  # what is nothing goes to one page too many
+        touched = torch.zeros(batch, kv_heads, pages + 1, dtype=torch.bool, device=index.device)
+        count = int(touched.scatter(2, index, True)[..., :pages].sum()) * page
+        return bulk.read_bytes() * count // (batch * kv_heads * bulk.length)
 
     def buffers(self) -> Iterator[torch.Tensor]:
-        yield from self.summary
+        yield from self.units.buffers()
+        yield from self.fetched
+        for held in (self.choice, self.age, self.asked):
+            if held is not None:
+                yield held
 
     def reorder(self, rows: torch.Tensor) -> None:
-        self.summary = tuple(part[rows] for part in self.summary)
-        self.choice = None if self.choice is None else self.choice[rows]
+        self.units.reorder(rows)
+        self.fetched = tuple(part[rows] for part in self.fetched)
+        for name in ("choice", "age", "asked"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else held[rows])
+
+
+def _extended(choice: torch.Tensor, grown: range) -> torch.Tensor:
+    """The elements `grown` before choice int64 [B,K,C,M]."""
+    new = torch.tensor(grown, device=choice.device).flip(0)
+    return torch.cat([new.expand(*choice.shape[:3], -1), choice], dim=3) if len(grown) else choice

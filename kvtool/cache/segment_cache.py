@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from transformers.cache_utils import Cache
 
+from kvtool.cache.board import Board
 from kvtool.cache.build import lanes, per_row
 from kvtool.cache.lane import Lane, Step
 from kvtool.cache.selection import select
@@ -104,7 +105,8 @@ class SegmentLayer(Layer):
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         """As `Lane.trial`, for the one row that is held."""
         self.scale, self.softcap = call.scale, call.softcap
-        return _with_sink_logits(*self.parts[0].trial(q, k, v, self._step(self.parts[0])), call)
+        out, lse = self.parts[0].trial(q, k, v, self._step(self.parts[0]))
+        return _with_sink_logits(out, lse, call)
 
     def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """As `Lane.absorb`, for the one row that is held."""
@@ -252,13 +254,23 @@ class SegmentCache(Cache):
         elif plan is not None:
             plan.check(model.fingerprint)
             conflicts(plan)
+            if plan.store is not None and plan.store.span > 1 and protocol == "strict":
+                raise InputError(
+                    "layers that are written as one wait for the last of them, so a chunk cannot see its own entries coded",
+                    remedy="use the protocol official",
+                )
+            if plan.read is not None:
+                plan.read.check(plan.keep)
             shared = plan.keep is not None and bool(plan.keep.recent_ratio) and not bool(plan.keep.full.all())
             if shared and prompt_length is None:
                 raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
         self.finished = prefix is not None or plan is None or plan.keep is None or plan.keep.select is None
-        layers = [
+        board = Board()
+        layers: list[SegmentLayer] = [
             SegmentLayer(
-                lambda index=index: lanes(model, plan, index, prompt_length or 0),  # type: ignore[misc]
+                lambda index=index: lanes(  # type: ignore[misc]
+                    model, plan, index, prompt_length or 0, len(layers[index].parts), board
+                ),
                 strict=protocol == "strict",
                 by_row=per_row(plan),
                 finish=self.finish,
@@ -278,8 +290,10 @@ class SegmentCache(Cache):
         if prefix.plan is not self.plan or prefix.protocol != self.protocol:
             raise InputError(
                 "the shared prefix was made under another plan or protocol",
-                remedy="pass the prefix's own: SegmentCache(model, prefix.plan, protocol=prefix.protocol, prefix=prefix)",
+                remedy="pass the prefix's own: prefix.plan and protocol=prefix.protocol",
             )
+        if self.plan is not None and self.plan.store is not None and self.plan.store.span > 1:
+            raise InputError("a prefix cannot be shared when layers are written as one")
         if not prefix.single:
             raise InputError("a shared prefix is one sequence without padding, fed before it is shared")
         if not prefix.finished:

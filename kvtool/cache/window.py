@@ -6,7 +6,9 @@ eviction is overwriting. Shapes as in `lane.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -75,10 +77,15 @@ class Window(Lane):
             out = attend(q, keys, values, **step.options)
         return out if self.mean is None else merge(out, self.mean.attend(q, step.scale, step.softcap))
 
-    def peek(self, q: torch.Tensor, step: Step) -> Partial:
-        used = min(self.fed, self.sink + self.recent)
-        keys, values = self._held()
-        return self._over(q, keys[:, :, :used], values[:, :, :used], self.fed, step)
+    def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        near_k, near_v, first = self._near(k, v, self.fed)
+        sinks, missing = (k[:, :, :0], v[:, :, :0]), max(0, self.sink - self.fed)
+        if self.keys is not None and self.values is not None:
+            held = min(self.sink, self.fed)
+            sinks = self.keys[:, :, :held], self.values[:, :, :held]
+        if missing:
+            sinks = torch.cat([sinks[0], k[:, :, :missing]], dim=2), torch.cat([sinks[1], v[:, :, :missing]], dim=2)
+        return self._windowed(q, near_k, near_v, first, self.recent, sinks, replace(step, strict=True))
 
     # many tokens: [sinks] and [recent entries in order, then the chunk], a block of query rows at a time
 
@@ -90,11 +97,13 @@ class Window(Lane):
         if reach >= end and first == 0:  # everything is at hand, and nothing is out of reach
             out = attend(q, near_k, near_v, causal=True, **step.options)
         else:
-            out = self._windowed(q, near_k, near_v, first, reach, step)
+            keys, values = self._held()
+            sinks = min(self.sink, end)
+            out = self._windowed(q, near_k, near_v, first, reach, (keys[:, :, :sinks], values[:, :, :sinks]), step)
         self._absorb_recent(near_k, near_v, first)
         return out
 
-    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+    def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
         near_k, near_v, first = self._near(k, v, step.start)
         self._absorb_sinks(k, v, step.start)
         self._absorb_recent(near_k, near_v, first)
@@ -110,12 +119,12 @@ class Window(Lane):
         return torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2), first
 
     def _windowed(
-        self, q: torch.Tensor, near_k: torch.Tensor, near_v: torch.Tensor, first: int, reach: int, step: Step
-    ) -> Partial:
+        self, q: torch.Tensor, near_k: torch.Tensor, near_v: torch.Tensor, first: int, reach: int,
+        sinks: tuple[torch.Tensor, torch.Tensor], step: Step,
+    ) -> Partial:  # fmt: skip
         """Each query sees the sinks, its last `reach` entries, and (with compensation) the mean of what is dropped."""
         tokens, offset = q.shape[2], near_k.shape[2] - q.shape[2]
         positions = torch.arange(first, first + near_k.shape[2], device=q.device)
-        sinks = 0 if self.keys is None else min(self.sink, self.keys.shape[2], step.start + tokens)
         trail = self.mean.trail(near_k, near_v, positions >= self.sink) if self.mean is not None else None
         pieces = []
         for low in range(0, tokens, BLOCK):
@@ -125,18 +134,16 @@ class Window(Lane):
             block = q[:, :, low:high]
             hidden = (seen > own[:, None]) | (seen <= own[:, None] - reach) | (seen < self.sink)
             recent = (near_k[:, :, left : offset + high], near_v[:, :, left : offset + high])
-            if sinks:
-                keys, values = self._held()
-                sink = (keys[:, :, :sinks], values[:, :, :sinks])
-                sink_hidden = torch.arange(sinks, device=q.device) > own[:, None]
+            if sinks[0].shape[2]:
+                sink_hidden = torch.arange(sinks[0].shape[2], device=q.device) > own[:, None]
                 if self.reindex is not None:
                     turned = self.reindex.move(block, own[None], self._inside(own, step)[None])
                     out = merge(
-                        attend(turned, *sink, bias=_hide(sink_hidden), **step.options),
+                        attend(turned, *sinks, bias=_hide(sink_hidden), **step.options),
                         attend(block, *recent, bias=_hide(hidden), **step.options),
                     )
                 else:
-                    both = [torch.cat(pair, dim=2) for pair in zip(sink, recent, strict=True)]
+                    both = [torch.cat(pair, dim=2) for pair in zip(sinks, recent, strict=True)]
                     out = attend(block, *both, bias=_hide(torch.cat([sink_hidden, hidden], dim=-1)), **step.options)
             else:
                 out = attend(block, *recent, bias=_hide(hidden), **step.options)
@@ -215,6 +222,14 @@ class Window(Lane):
         held = [] if self.keys is None or self.values is None else [self.keys, self.values]
         means = 0 if self.mean is None else sum(buffer.nbytes for buffer in self.mean.buffers())
         return sum(buffer.nbytes // buffer.shape[2] * used for buffer in held) + means
+
+    def branch(self) -> Window:
+        """The ring is overwritten, so that it is copied."""
+        made = copy.copy(self)
+        made.mean = copy.copy(self.mean)
+        if self.keys is not None and self.values is not None:
+            made.keys, made.values = self.keys.clone(), self.values.clone()
+        return made
 
     def clear(self) -> None:
         self.keys = self.values = None

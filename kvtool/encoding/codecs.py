@@ -101,7 +101,7 @@ class Affine(Codec):
         return self.group if self.axis == "token" else 1
 
     def encode(self, z: torch.Tensor) -> Parts:
-        made = quantize(_padded(z), bits=self.bits, group=self.group, layout=self.axis, clip=self.clip)
+        made = quantize(_padded(z, self.axis), bits=self.bits, group=self.group, layout=self.axis, clip=self.clip)
         assert made.zero is not None
         return {"codes": made.codes, "scale": made.scale, "zero": made.zero}
 
@@ -148,7 +148,7 @@ class Levels(Codec):
         return self.group if self.axis == "token" else 1
 
     def encode(self, z: torch.Tensor) -> Parts:
-        z = _padded(z)
+        z = _padded(z, self.axis)
         scale, zero = self._ranges(z)
         levels = self.levels.to(z.device)
         made = quantize_levels(
@@ -257,9 +257,9 @@ def _safe(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(half > 0, half, torch.ones_like(half))
 
 
-def _padded(z: torch.Tensor) -> torch.Tensor:
-    """Codes fill whole bytes: widths go up to a multiple of 8, with zeros."""
-    return z if z.shape[-1] % 8 == 0 else torch.nn.functional.pad(z, (0, -z.shape[-1] % 8))
+def _padded(z: torch.Tensor, axis: str) -> torch.Tensor:
+    """Codes fill whole bytes: along channels, widths go up to a multiple of 8 with zeros."""
+    return z if axis == "token" or z.shape[-1] % 8 == 0 else torch.nn.functional.pad(z, (0, -z.shape[-1] % 8))
 
 
 def _width(parts: Parts, codec: Affine | Levels) -> int:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import EVERYTHING
+from tests.laws.reading import Posts, Reading
 
 NAME = "dense-reference"
 
@@ -30,6 +31,7 @@ class _Run:
     strict: bool
     prompt: int  # the first row that is a decode step: what comes before it is the prompt
     tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    posts: Posts = field(default_factory=dict)
 
 
 _run: _Run | None = None
@@ -91,6 +93,8 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
         everything = recent == EVERYTHING
         if window is not None:  # the model's own window allows no sinks, and nothing stands in for what leaves it
             sink, recent, compensate, everything = 0, window if everything else min(sink + recent, window), False, False
+        reads = run.plan is not None and run.plan.read is not None and everything
+        reading = Reading(run.plan, layer, head, scale, softcap, run.posts) if reads else None
         for row in range(query.shape[2]):
             # entries sink … first − 1 were dropped before this row; the row sees all others up to its own
             first = row - recent + 1 if run.strict or run.alone[row] else run.start[row] - recent
@@ -119,6 +123,9 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
                 logits = softcap * torch.tanh(logits / softcap)
             if compensate and dropped:
                 logits[:, -1] += torch.tensor(float(len(dropped))).log()
+            if reading is not None and (run.strict or run.alone[row]):
+                raw, held = (key[0, head], value[0, head]), (k_row[0, 0], v_row[0, 0])
+                logits, v = reading.row(row, seen, q[0, :, 0], raw, held, logits, v)
             if sink_logits is not None:
                 logits = torch.cat([logits, _wide(sink_logits[heads, None])], dim=1)
             out[0, heads, row] = (torch.softmax(logits, dim=1)[:, : len(v)] @ v).to(out.dtype)

@@ -29,7 +29,7 @@ def divergence(model: Model, made: Plan, ids: torch.Tensor) -> float:
     return float((full.exp() * (full - logits.log_softmax(-1))).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.ladder])
 def test_error_falls_with_budget(name: str, induction: Model) -> None:
     ids = torch.stack([repeated(PERIOD, 3, seed=seed) for seed in range(2)])
     errors = [divergence(induction, plan(name, induction, options), ids) for options in ROWS[name].ladder]

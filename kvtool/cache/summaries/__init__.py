@@ -1,1 +1,1 @@
-"""What stands for a unit of entries when a query chooses what to read: one file, one summary, named as `Read.summary`."""
+"""What stands for a unit of entries when a query chooses what to read: one file, one summary (see `_base.py`)."""

@@ -1,15 +1,24 @@
-"""The mean key of the unit: s(q, unit) = q · k̄."""
+"""The mean key: s(q, unit) = q · k̄, the mean of the entries' own products (ShadowKV's landmarks, arXiv 2410.21465).
+
+Of a cluster it is the centroid (RetroInfer, arXiv 2505.02922). exp(s) never exceeds the entries' mean weight (Jensen).
+"""
 
 from __future__ import annotations
 
 import torch
 
+from kvtool.cache.summaries._base import Given, Parts, wide
 
-def summarise(k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Keys of whole units, [B,K,U,unit,D] → tensors with units on axis 2."""
-    return (k.float().mean(3).to(k.dtype),)
+LOGIT = True
 
 
-def score(q: torch.Tensor, summary: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """q [B,K,G,D] → fp32 [B,K,G,U]."""
-    return q.float() @ summary[0].float().transpose(-1, -2)
+def summarise(k: torch.Tensor, given: Given) -> Parts:
+    return (wide(k).mean(3).to(k.dtype),)
+
+
+def pooled(mean: torch.Tensor, size: torch.Tensor) -> Parts:
+    return (mean,)
+
+
+def score(q: torch.Tensor, parts: Parts, given: Given) -> torch.Tensor:
+    return wide(q) @ wide(parts[0]).transpose(-1, -2)

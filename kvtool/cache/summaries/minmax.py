@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import torch
 
+from kvtool.cache.summaries._base import Given, Parts, wide
 
-def summarise(k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Keys of whole units, [B,K,U,unit,D] → tensors with units on axis 2."""
+LOGIT = False
+
+
+def summarise(k: torch.Tensor, given: Given) -> Parts:
     return k.amin(3), k.amax(3)
 
 
-def score(q: torch.Tensor, summary: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """q [B,K,G,D] → fp32 [B,K,G,U]."""
-    low, high = (part.float().transpose(-1, -2) for part in summary)
-    q = q.float()
+def score(q: torch.Tensor, parts: Parts, given: Given) -> torch.Tensor:
+    low, high = (wide(part).transpose(-1, -2) for part in parts)
+    q = wide(q)
     return q.clamp_min(0) @ high + q.clamp_max(0) @ low

@@ -1,0 +1,36 @@
+"""What a summary is given. A summary is a file with
+
+    summarise(k, given) → parts        keys of whole units, [B,K,U,unit,D] → tensors with units on axis 2
+    score(q, parts, given) → scores    q [B,K,G,D] → [B,K,G,U], fp32 at least, higher for units worth reading
+
+and, where they apply, `pooled(mean, size)`: the parts of units of unequal sizes, from their mean keys [B,K,U,D] and
+sizes [B,K,U]; LOGIT: is the score that of an entry, so that it can stand for the unit in a softmax; and
+`share(given, width, group)`, for a summary that holds nothing and looks at the keys themselves: what share of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Parts = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Of a plan, for the KV heads of a lane: `table` [K,...] and `rank`, as in `Read`."""
+
+    table: torch.Tensor | None = None
+    rank: int = 0
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Arithmetic is fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def best(q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The largest product with q [B,K,G,r] among the entries of each unit, labels [B,K,U,unit,r] → [B,K,G,U]."""
+    units, unit = labels.shape[2:4]
+    return (wide(q) @ wide(labels.flatten(2, 3)).transpose(-1, -2)).unflatten(3, (units, unit)).amax(-1)

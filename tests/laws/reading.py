@@ -1,0 +1,212 @@
+"""The definition of what a decode step reads, entry by entry; part of `reference.py`.
+
+One `Reading` follows one KV head through the rows. It shares nothing with the package but the plan: units are lists of
+entries, scores are written out for one query and one unit at a time, and what is not read is a column of −inf.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from kvtool.plan import Plan
+
+Posts = dict[tuple[int, int, int], tuple[list[bool], list[list[float]] | None]]
+
+
+class Reading:
+    """`posts`: what all layers say to one another, by layer, head and row."""
+
+    def __init__(self, plan: Plan, layer: int, head: int, scale: float, softcap: float | None, posts: Posts):
+        read, store = plan.read, plan.store
+        assert read is not None
+        self.spec, self.layer, self.head, self.scale, self.softcap, self.posts = (
+            read,
+            layer,
+            head,
+            scale,
+            softcap,
+            posts,
+        )
+        self.budget = float(read.budget[layer])
+        self.sink = max(read.sink, 0 if store is None else store.sink)
+        self.recent = max(read.recent, 0 if store is None else store.recent)
+        self.block = math.lcm(read.unit, 1 if store is None else store.block)
+        self.owner = layer if read.owner is None else int(read.owner[layer])
+        owners = [] if read.owner is None else read.owner.tolist()
+        self.leads = any(o == layer != at and read.budget[at] != 1 for at, o in enumerate(owners))
+        self.units: list[list[int]] = []  # members, as places in the bulk
+        self.known = 0  # entries that are members of units
+        self.choices: list[list[int]] | None = None
+        self.ages: list[int] = []
+        self.asked: list[torch.Tensor] = []
+        self.seen = 0
+
+    def row(self, row: int, seen: list[int], q: Any, raw: Any, held: Any, logits: Any, v: Any) -> tuple[Any, Any]:
+        """q [G,D]; raw and held: keys and values [T,D] as they came and as attention sees them; logits [G,S] and
+        v [S,D] of the entries seen → the same with −inf where nothing is read, and with the tail's columns."""
+        moved = max(0, len(seen) - 1 - self.sink - self.recent) // self.block * self.block
+        places = range(self.sink, self.sink + moved)
+        if not moved or (self.budget == 1 and not self.leads):
+            return logits, v
+        bulk = [seen[at] for at in places]
+        keys, values = (
+            [x[bulk].double() for x in pair] for pair in zip(raw, held, strict=True)
+        )  # as they came, as held
+        grain = self.spec.unit if self.spec.form == "page" else 1
+        total, wanted = moved // grain, self.budget * moved if self.budget <= 1 else self.budget
+        count = min(total, max(1, round(wanted / grain)) + self.spec.outliers)
+        if count == total and not self.leads and self.owner == self.layer:
+            self.choices = None
+            return logits, v
+        q = q.double()
+        self._settle(keys)
+        scores = self._scores(keys, q) if self.spec.tail != "drop" else None
+        due, ranked = self._ranking(row, keys, q, scores)
+        fresh = range(self.seen, total)
+        self.seen = total
+        old = self.choices or [[] for _ in due]
+        self.choices = [
+            sorted(range(total), key=lambda at, who=who: (-ranked[who][at], at))[:count]
+            if is_due
+            else [*old[who], *fresh]
+            for who, is_due in enumerate(due)
+        ]
+        self.ages = [1 if is_due else age + 1 for is_due, age in zip(due, self.ages or [0] * len(due), strict=True)]
+        if count == total:
+            return logits, v
+        return self._seen(scores, places, grain, values[0], values[1], logits, v)
+
+    def _seen(self, scores, places, grain: int, raw, held, logits, v) -> tuple[Any, Any]:
+        out, extra, means = logits.clone(), [], []
+        rankings = None if scores is None else self._reduced(scores)
+        for g in range(len(logits)):
+            assert self.choices is not None
+            who = g if self.spec.heads == "each" else 0
+            entries = {at * grain + j for at in self.choices[who] for j in range(grain)}
+            unread = [at for at in range(len(places)) if at not in entries]
+            out[g, [places.start + at for at in unread]] = float("-inf")
+            if scores is None:
+                continue
+            left = [sum(at not in entries for at in unit) for unit in self.units]
+            weight = [self._capped(s) for s in scores[g].tolist()]
+            if self.spec.tail == "mean":
+                share = sum(m * math.exp(w) for m, w in zip(left, weight, strict=True))
+                read = sum((len(u) - m) * math.exp(w) for u, m, w in zip(self.units, left, weight, strict=True))
+                mass = torch.logsumexp(out[g, [places.start + at for at in sorted(entries)]].double(), 0)
+                extra.append([float(mass) + (math.log(share / read) if share else float("-inf"))])
+                means = [raw.mean(0)]
+            else:
+                rest = sorted((u for u in range(len(left)) if left[u]), key=lambda u: -rankings[who][u])
+                rest = rest[: round(self.spec.estimated * len(self.units))] if self.spec.estimated < 1 else rest
+                extra.append(
+                    [weight[u] + math.log(left[u]) if u in rest else float("-inf") for u in range(len(self.units))]
+                )
+                side = raw if self.spec.form == "page" else held
+                means = [side[unit].mean(0) if unit else torch.zeros_like(side[0]) for unit in self.units]
+        if scores is None:
+            return out, v
+        return torch.cat([out, torch.tensor(extra, dtype=out.dtype)], 1), torch.cat([v, torch.stack(means).to(v.dtype)])
+
+    # who chooses anew, and by what
+
+    def _ranking(self, row: int, keys, q, scores) -> tuple[list[bool], list[list[float]] | None]:
+        if self.owner != self.layer:
+            return self.posts[self.owner, self.head, row]
+        choosers = len(q) if self.spec.heads == "each" else 1
+        if self.choices is None:
+            due = [True] * choosers
+        else:
+            due = [bool(self.spec.period) and age >= self.spec.period for age in self.ages]
+            if self.spec.jump is not None:
+                cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(q, self.asked, strict=True)]
+                mean = cosines if choosers > 1 else [sum(cosines) / len(cosines)]
+                due = [d or c < self.spec.jump for d, c in zip(due, mean, strict=True)]
+        ranked = None
+        if any(due):
+            scores = self._scores(keys, q) if scores is None else scores
+            units = self._reduced(scores)
+            if self.spec.outliers:
+                agree = [_least_cosine(keys[0][unit]) for unit in self.units]
+                for unit in sorted(range(len(agree)), key=agree.__getitem__)[: self.spec.outliers]:
+                    units[:, unit] = float("inf")
+            ranked = units.tolist()
+            if self.spec.form == "cluster":
+                owner = {at: u for u, unit in enumerate(self.units) for at in unit}
+                ranked = [[line[owner[at]] for at in range(len(owner))] for line in ranked]
+            each = due if choosers > 1 else due * len(q)
+            self.asked = [q[g] if each[g] else self.asked[g] for g in range(len(q))]
+        self.posts[self.layer, self.head, row] = (due, ranked)
+        return due, ranked
+
+    def _scores(self, keys, q) -> torch.Tensor:
+        """[G,U]."""
+        side = keys[1] if self.spec.form == "cluster" or self.spec.summary == "keys" else keys[0]
+        lines = [[self._score(query, side[unit]) if unit else float("-inf") for unit in self.units] for query in q]
+        return torch.tensor(lines, dtype=torch.float64)
+
+    def _reduced(self, scores: torch.Tensor) -> torch.Tensor:
+        """[C,U]."""
+        if self.spec.softmax:
+            scores = torch.tensor([[self._capped(s) for s in line] for line in scores.tolist()]).double().softmax(1)
+        if self.spec.heads == "each":
+            return scores.clone()
+        return {"max": scores.amax(0), "mean": scores.mean(0), "sum": scores.sum(0)}[self.spec.heads][None].clone()
+
+    def _capped(self, score: float) -> float:
+        score = self.scale * score
+        return score if self.softcap is None else self.softcap * math.tanh(score / self.softcap)
+
+    def _score(self, q: torch.Tensor, k: torch.Tensor) -> float:
+        """One query [D], the keys of one unit [n,D]."""
+        name, rank = self.spec.summary, self.spec.rank
+        if name == "minmax":
+            return sum(
+                max(float(c * low), float(c * high)) for c, low, high in zip(q, k.amin(0), k.amax(0), strict=True)
+            )
+        if name in ("mean", "root-mean"):
+            return float(q @ k.mean(0)) * (len(k) ** 0.5 if name == "root-mean" else 1)
+        if name == "keys" and rank:
+            top = sorted(range(len(q)), key=lambda c: -abs(float(q[c])))[:rank]
+            return max(float(q[top] @ key[top]) for key in k) / math.sqrt(q[top].abs().sum() / q.abs().sum())
+        if name == "channels":
+            assert self.spec.table is not None
+            order = self.spec.table[self.layer, self.head, :rank].tolist()
+            return max(sum(float(q[c] * key[c]) for c in order) for key in k)
+        if name == "low-rank":
+            assert self.spec.table is not None
+            basis = self.spec.table[self.layer, self.head, :, :rank].double()
+            return max(float((q @ basis) @ (key @ basis)) for key in k)
+        return max(float(q @ key) for key in k)
+
+    def _settle(self, keys) -> None:
+        entries = len(keys[0])
+        new = list(range(self.known, entries))
+        self.known = entries
+        if self.spec.form == "page":
+            self.units += [new[at : at + self.spec.unit] for at in range(0, len(new), self.spec.unit)]
+        elif new:
+            labels, count = _clusters(keys[1][new], self.spec.unit)
+            self.units += [[at for at, label in zip(new, labels, strict=True) if label == c] for c in range(count)]
+
+
+def _least_cosine(k: torch.Tensor) -> float:
+    mean = k.mean(0)
+    return min(float(key @ mean / key.norm() / mean.norm()) for key in k)
+
+
+def _clusters(k: torch.Tensor, unit: int) -> tuple[list[int], int]:
+    """Ten rounds of k-means by cosine around the mean, begun at keys at equal distances."""
+    x, count = k - k.mean(0), -(-len(k) // unit)
+    centroids, labels = [x[c * len(x) // count] for c in range(count)], [0] * len(x)
+    for _ in range(10):
+        labels = [
+            max(range(count), key=lambda c, key=key: float(key @ centroids[c] / centroids[c].norm())) for key in x
+        ]
+        for c in range(count):
+            members = [at for at, label in enumerate(labels) if label == c]
+            if members:
+                centroids[c] = x[members].mean(0)
+    return labels, count

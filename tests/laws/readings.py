@@ -1,0 +1,53 @@
+"""Readings that no method makes: every unit, summary, reduction, trigger and tail, for heads of 8 channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvtool.model import Model
+from kvtool.plan import Plan
+from kvtool.slots import Read
+
+SMALL: dict[str, Any] = dict(unit=4, sink=1, recent=3)
+CASES: dict[str, dict[str, Any]] = {
+    "minmax": {},
+    "mean": dict(summary="mean", heads="mean"),
+    "tokens": dict(unit=1, summary="mean", heads="each", page=4),
+    "channels": dict(unit=1, summary="channels", rank=3),
+    "channel-pages": dict(unit=2, summary="channels", rank=5, heads="sum"),
+    "low-rank": dict(unit=2, summary="low-rank", rank=4),
+    "keys": dict(unit=2, summary="keys", heads="each"),
+    "query-channels": dict(unit=1, summary="keys", rank=4, tail="mean", heads="each"),
+    "clusters": dict(form="cluster", summary="mean", heads="mean", softmax=True, jump=0.2, period=0),
+    "root-clusters": dict(form="cluster", summary="root-mean", heads="each"),
+    "wave": dict(form="cluster", summary="mean", heads="sum", softmax=True, tail="estimate", estimated=0.4),
+    "estimate": dict(summary="mean", tail="estimate", softmax=True),
+    "rest": dict(tail="mean"),
+    "outliers": dict(summary="mean", outliers=1, softmax=True),
+    "period": dict(period=3),
+    "once": dict(period=0),
+    "jumps": dict(period=0, jump=0.3),
+    "own-jumps": dict(period=4, jump=0.1, heads="each"),
+    "followed": dict(owner=(0, 1, 1, 1), share=(1.0, 1.0, 0.4, 0.3)),
+    "followed-tails": dict(owner=(0, 0, 0, 0), summary="mean", tail="estimate", jump=0.3, period=5),
+    "followed-clusters": dict(owner=(0, 0, 2, 2), form="cluster", summary="mean", period=2),
+    "slow": dict(slow=True, period=2),
+    "counted": dict(share=(9.0, 6.0, 1.0, 1.0)),
+}
+
+
+def reading(model: Model, name: str, share: float = 0.4, **slots: Any) -> Plan:
+    """A plan whose read is one of the cases, of a budget `share` unless the case has its own; 4 layers at most."""
+    g, draw = model.geometry, torch.Generator().manual_seed(3)
+    options = SMALL | CASES[name]
+    shares = torch.tensor(options.pop("share", (share,) * 4))[: g.layers]
+    if "owner" in options:
+        options["owner"] = torch.tensor(options["owner"])[: g.layers].int()
+    if options.get("summary") == "channels":
+        noise = torch.rand(g.layers, g.kv_heads, g.head_dim, generator=draw)
+        options["table"] = noise.argsort(-1).int()
+    if options.get("summary") == "low-rank":
+        options["table"] = torch.linalg.qr(torch.randn(g.layers, g.kv_heads, 8, 8, generator=draw))[0].contiguous()
+    return Plan(name, model.fingerprint, read=Read(shares, **options), **slots)
