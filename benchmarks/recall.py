@@ -18,9 +18,9 @@ from kvtool.corpus.passkey import passkey as grid
 from kvtool.methods._base import best, full_attention
 from kvtool.model import Model, load
 from kvtool.plan import Plan
-from kvtool.slots import Keep
 from kvtool.replay.subject import Subject
 from kvtool.replay.tasks import passkey
+from kvtool.slots import Keep
 
 SINK, RECENT, HELD_AT = 16, 64, 4096
 FULL = "full cache"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from kvtool import __version__, files, options, registry
+from kvtool import __version__, conflicts, files, options, registry
 from kvtool.errors import InputError
 from kvtool.methods._base import Context
 from kvtool.model import Model
-from kvtool.plan import SLOTS, Plan, conflicts
+from kvtool.plan import SLOTS, Plan
 from kvtool.trace import Trace, geometry
 
 
@@ -74,7 +74,7 @@ def calibrate(
     }
     slots = {slot: getattr(decision, slot) for slot in SLOTS}
     made = Plan(name, fingerprint, options.record(chosen), provenance, evidence=decision.evidence, **slots)
-    conflicts(made)
+    conflicts.check(made)
     return made
 
 

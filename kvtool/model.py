@@ -23,8 +23,6 @@ from kvtool import gguf
 from kvtool.errors import InputError
 from kvtool.files import digest
 from kvtool.rotary import Rotary
-from kvtool.serving import Attention as Attention
-from kvtool.serving import Layer as Layer
 from kvtool.serving import Probe, probe, served
 
 DEMO = "smollm2"

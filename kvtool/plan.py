@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kvtool import files, records
+from kvtool import conflicts, files, records
 from kvtool.errors import InputError
 from kvtool.slots import Draft, Keep, Read, Store
 
@@ -121,49 +121,8 @@ def compose(*plans: Plan) -> Plan:
         },
         **{slot: getattr(owners.get(slot, first), slot) for slot in SLOTS},
     )
-    conflicts(made)
+    conflicts.check(made)
     return made
-
-
-def conflicts(plan: Plan) -> None:
-    """Raise InputError when the slots of a plan contradict one another."""
-    if plan.store is None:
-        return
-    keep, store = plan.keep, plan.store
-    store.check(plan.model["kv_heads"], plan.model["head_dim"])
-    if store.span > 1 and plan.slots["read"]:
-        raise InputError(
-            "layers that are written as one cannot each choose what they read",
-            remedy="compose with a plan that reads everything, or stores layers apart",
-        )
-    if store.span > 1:
-        whole = torch.tensor([window is None for window in plan.model["windows"]])
-        if keep is not None:
-            whole &= keep.full.all(1) & (keep.select is None)
-        broken = ((store.index >= 0).any(1) & ~whole).nonzero().flatten().tolist()
-        if broken:
-            raise InputError(
-                f"layers are written as one across heads, but heads of layer {broken[0]} drop entries of their own",
-                remedy="compose with a plan that keeps every entry, or stores layers apart",
-            )
-    if keep is None:
-        return
-    layers, _ = store.index.shape
-    for layer in range(layers):
-        for number in store.index[layer].unique().tolist():
-            if number < 0:
-                continue
-            for side, encoding in (("keys", store.keys[number]), ("values", store.values[number])):
-                if encoding.joined > 1 and keep.ragged(layer):
-                    raise InputError(
-                        f"layer {layer}: {side} are stored across heads, but each head keeps entries of its own",
-                        remedy="compose with a plan that keeps the same entries in every head, or stores heads apart",
-                    )
-    if keep.select is not None and keep.select.when == "step" and plan.slots["store"]:
-        raise InputError(
-            "entries are evicted one by one at every step, but they are stored in blocks that are never written again",
-            remedy="compose with a plan that evicts once, after the prompt",
-        )
 
 
 def _names(plans: tuple[Plan, ...]) -> list[str]:

@@ -21,47 +21,87 @@ RAW = -1  # in `Store.index`: the head's entries are held as they are
 
 @dataclass(frozen=True)
 class Select(Record):
-    """Scored eviction: observe queries → score entries → pool → reduce over the GQA group → budget → select → merge.
+    """Scored eviction: observe queries → score entries → reduce over queries → pool → reduce over the GQA group →
+    budget → select → merge.
 
     observe: whose attention scores an entry: the `observed` newest queries ("last"), `probes` (the newest 5 % and a
         seeded 5 % of the others), or "all" rows seen so far.
-    score: name of the rule (see `cache/scores/`), given the observed queries, keys and values.
+    score: name of the rule (see `cache/scores/`), given the observed queries, keys and values. Rules that look at
+        queries soften their softmax by `temperature`, plus `warming` for every step that has scored before.
+    reduce: over the observed queries that see the entry: their "mean", "sum" (early entries are seen by more of them)
+        or "max"; plus `variance` times their variance (CAKE).
     pool, kernel: smoothing of scores along entries, "none", "mean" or "max" over `kernel` entries.
     group: how the G query heads of a KV head become one score, "mean", "max" or "sum"; `group_first` reduces
-        before pooling, else after.
+        before pooling, else after. `alike`: all heads of a layer go by the mean of their scores.
     budget: fp32 [L,K]: entries a head keeps, as a share of the prompt when ≤ 1, else a count; sinks and recent
         entries included. `spread`: "head" gives each head its own budget; "layer" pools a layer's budget over its heads
-        by score, `floor` of it shared out evenly first (AdaKV); "model" pools it over all.
-    mass: if > 0, a head keeps the fewest entries that hold this share of its score, and `budget` is the upper bound.
+        by score, "model" over all, in which a head's count is mixed with `floor` parts of its own budget (AdaKV).
+    mass, least: if > 0, a head keeps the fewest entries that hold the share `mass` of its score, or those that score
+        `least`, and `budget` is the upper bound.
     sink, recent: entries that always stay.
-    when: "prefill" once the prompt is in; "step" also at every decode step, so that the budget holds throughout:
-        scores are then `decay` times the old ones plus the new query's attention.
-    merge: what becomes of the others: "drop", or "nearest": averaged, weighted by their count, into the kept key of
-        largest cosine if that is at least `threshold`.
+    when: "prefill" once the prompt is in; "chunk" after every chunk of it, so that prefill stays within the budget
+        and one chunk; "step" once the prompt is in and at every decode step, so that the budget holds throughout. Where
+        entries are scored again, scores are `decay` times the old ones plus the new ones (or the larger, for "max").
+    merge: what becomes of the others: "drop", or averaged into the kept entry whose key has the largest cosine
+        ("nearest") or whose place is nearest ("neighbour"), if that cosine is at least `threshold`, or the mean of them
+        all when that is None. weigh: "equal"; "cosine", as terms of a plain mean (D2O); "gaussian" by distance of keys.
+    count: a kept entry that stands for n entries adds log n to its logit, and weighs n when it is merged again.
     """
 
     budget: torch.Tensor
     observe: Literal["last", "probes", "all"] = "last"
     observed: int = 32
     score: str = "attention"
+    temperature: float = 1.0
+    warming: float = 0.0
+    reduce: Literal["mean", "sum", "max"] = "mean"
+    variance: float = 0.0
     pool: Literal["none", "mean", "max"] = "none"
     kernel: int = 1
     group: Literal["mean", "max", "sum"] = "mean"
     group_first: bool = False
+    alike: bool = False
     spread: Literal["head", "layer", "model"] = "head"
     floor: float = 0.0
     mass: float = 0.0
+    least: float = 0.0
     sink: int = 0
     recent: int = 0
-    when: Literal["prefill", "step"] = "prefill"
+    when: Literal["prefill", "chunk", "step"] = "prefill"
     decay: float = 1.0
-    merge: Literal["drop", "nearest"] = "drop"
-    threshold: float = 0.0
+    merge: Literal["drop", "nearest", "neighbour"] = "drop"
+    threshold: float | None = 0.0
+    weigh: Literal["equal", "cosine", "gaussian"] = "equal"
+    count: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool((self.budget <= 0).any()) or self.observed < 1 or self.kernel % 2 == 0:
+            raise InputError(
+                "bad selection",
+                got=f"budget {float(self.budget.min())}, {self.observed} observed, kernel {self.kernel}",
+                expected="budget > 0, observed >= 1, an odd kernel",
+            )  # fmt: skip
+        if self.alike and (self.spread != "head" or bool((self.budget != self.budget[:, :1]).any())):
+            raise InputError(
+                "heads that keep the same entries have the same budget", expected="spread head, one budget a layer"
+            )
+        if self.when == "chunk" and self.ragged:
+            raise InputError(
+                "after every chunk each head keeps its own budget",
+                got=f"spread {self.spread}, mass {self.mass}, least {self.least}",
+                remedy="select once, when=prefill",
+            )
 
     @property
     def lossless(self) -> bool:
-        return bool((self.budget == 1.0).all())
+        whole = self.when != "step" and not (self.mass or self.least)
+        return whole and bool((self.budget == 1.0).all())
+
+    @property
+    def ragged(self) -> bool:
+        """Do the scores say how many entries a head keeps?"""
+        return self.spread != "head" or self.mass > 0 or self.least > 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +147,7 @@ class Keep(Record):
     def ragged(self, layer: int) -> bool:
         """May the heads of this layer hold different entries?"""
         rows = torch.stack([self.sink[layer], self.recent[layer], self.compensate[layer].int()])
-        selected = self.select is not None and not self.select.lossless
+        selected = self.select is not None and not self.select.lossless and not self.select.alike
         return bool((rows != rows[:, :1]).any()) or selected
 
 
@@ -118,8 +158,8 @@ class Store(Record):
     keys, values: encodings. index: int32 [L,K] into both, or RAW. The first `sink` entries and the newest `recent` stay
     raw; entries older than that are encoded `block` at a time, once, in order. Heads with a window hold only sinks
     and recent entries, so theirs stay raw.
-    span: so many neighbouring layers, from layer 0 on, are written as one with span·K KV heads. Layers that are left over,
-    or do not all use one pair in every head, stay apart only as RAW.
+    span: so many neighbouring layers, from layer 0 on, are written as one with span·K KV heads. They must all use one
+    pair in every head, or all be RAW, and so must those left over.
     """
 
     keys: tuple[Encoding, ...]
@@ -166,7 +206,7 @@ class Store(Record):
         )  # fmt: skip
 
     def check(self, kv_heads: int, width: int) -> None:
-        """Raise InputError unless every encoding fits layers with `kv_heads` heads of `width` channels, span by span."""
+        """Raise InputError unless every encoding fits `kv_heads` heads of `width` channels, span by span."""
         for encoding in (*self.keys, *self.values):
             encoding.check(self.span * kv_heads, width)
         if self.span == 1:

@@ -39,7 +39,8 @@ def small() -> Plan:
         position="reindex",
         select=Select(torch.tensor([[0.5, 0.25], [0.125, 64.0]]), score="attention", kernel=5, spread="layer"),
     )
-    key = Encoding(Affine(2, 32, "token"), (Scale(torch.tensor([[2.0, 0.5]])),), Outliers(1, "token", 32), rotated=False)
+    scale, kept = Scale(torch.tensor([[2.0, 0.5]])), Outliers(1, "token", 32)
+    key = Encoding(Affine(2, 32, "token"), (scale,), kept, rotated=False)
     store = Store((key,), (Encoding(),), torch.tensor([[0, -1], [-1, 0]]).int(), sink=4, recent=32)
     fingerprint = {"architecture": "none", "layers": 2, "kv_heads": 2, "windows": [None, 8], "weights": "0123"}
     evidence = {"score": torch.tensor([[1.0, 0.5], [0.25, 0.0]])}

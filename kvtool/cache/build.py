@@ -30,14 +30,15 @@ def lanes(
         groups.setdefault(_policy(plan, layer, head, window, prompt_length), []).append(head)
     board = board or Board()
     return [
-        _lane(model, plan, Place(part, layer, tuple(heads), board), window, policy) for policy, heads in groups.items()
+        _lane(model, plan, Place(part, layer, tuple(heads), board), window, policy, prompt_length)
+        for policy, heads in groups.items()
     ]
 
 
 def per_row(plan: Plan | None) -> bool:
     """Do rows of a batch come to hold different numbers of entries?"""
     spec = plan.keep.select if plan is not None and plan.keep is not None else None
-    return spec is not None and (spec.spread != "head" or spec.mass > 0)
+    return spec is not None and spec.ragged
 
 
 def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt_length: int) -> tuple[Any, ...]:
@@ -56,10 +57,12 @@ def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt
 
 def _alone(spec: Select) -> bool:
     """May each head's count differ, so that each needs a lane of its own?"""
-    return spec.spread != "head" or spec.mass > 0
+    return spec.ragged and not spec.alike
 
 
-def _lane(model: Model, plan: Plan | None, place: Place, window: int | None, policy: tuple[Any, ...]) -> Lane:
+def _lane(
+    model: Model, plan: Plan | None, place: Place, window: int | None, policy: tuple[Any, ...], prompt_length: int
+) -> Lane:
     layer, heads = place.layer, list(place.heads)
     if policy[0] == "window":
         _, sink, recent, compensate = policy
@@ -73,7 +76,9 @@ def _lane(model: Model, plan: Plan | None, place: Place, window: int | None, pol
     options: dict[str, Any] = {}
     spec = plan.keep.select if plan.keep is not None else None
     if spec is not None:
-        options["selector"] = Selector(spec, spec.budget[layer, heads].tolist())
+        options["selector"] = Selector(spec, spec.budget[layer, heads].tolist(), layer, heads, prompt_length)
+        if plan.keep is not None and plan.keep.position == "reindex":
+            options |= {"rotary": model.rotary(layer), "reindex": True}
     if plan.store is not None and policy[1] != RAW:
         store = plan.store
         options |= {

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 import torch
 
 from kvtool.cache.lane import Lane, Partial, Step
+from kvtool.cache.merging import merged
 from kvtool.cache.pool import Member
 from kvtool.cache.reader import Reader
 from kvtool.cache.segments import Coded, Dense, Segment
-from kvtool.cache.selector import Selector, merged
+from kvtool.cache.selector import Selector
 from kvtool.cache.shared import Shared
 from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
@@ -30,7 +31,10 @@ from kvtool_kernels.ops import attend, merge
 
 
 class Bulk(Lane):
-    """`block` None: nothing ever leaves `recent`. `key`, `value` None: the bulk is held raw, for `reader` to choose from."""
+    """`block` None: nothing leaves `recent`. `key`, `value` None: the bulk is held raw, for `reader` to choose from.
+
+    reindex: what a selection keeps is moved up to the next token, so that positions are counted inside the cache.
+    """
 
     def __init__(
         self,
@@ -45,10 +49,11 @@ class Bulk(Lane):
         selector: Selector | None = None,
         reader: Reader | None = None,
         member: Member | None = None,
+        reindex: bool = False,
     ):
         super().__init__(heads)
         self.limits, self.block = (sink, recent), block
-        self.encodings, self.rotary = (key, value), rotary
+        self.encodings, self.rotary, self.reindex = (key, value), rotary, reindex
         self.selector, self.reader, self.member = selector, reader, member
         self.clear()
 
@@ -86,7 +91,9 @@ class Bulk(Lane):
         return torch.cat([out for out, _ in outs], dim=2), torch.cat([lse for _, lse in outs], dim=2)
 
     def _pieces(self, tokens: int) -> list[int]:
-        """The tokens of a chunk, cut where a block moves; one by one if each chooses what it reads."""
+        """The tokens of a chunk, cut where a block moves; one by one if each chooses what it reads, or evicts."""
+        if self.finished and self.selector is not None and self.selector.spec.when == "step":
+            return [1] * tokens
         if self.block is None or not self.finished:
             return [tokens]
         if self.reader is not None:
@@ -99,13 +106,17 @@ class Bulk(Lane):
     def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
         self._receive(k, v, step)
         out = self._attend(q, step, causal=q.shape[2] > 1)
-        if self.selector is not None:
-            if self.finished:
-                self.selector.step(q, self.recent, step)
-            else:
-                self.selector.observe(q, self.fed - q.shape[2])
+        self._observe(q, step)
         self._move()
         return out
+
+    def _observe(self, q: torch.Tensor, step: Step) -> None:
+        """The queries of the newest entries are there: the selector remembers them, and evicts if it does so now."""
+        if self.selector is None or (self.finished and self.selector.spec.when != "step"):
+            return
+        self.selector.observe(q, self.fed - q.shape[2])
+        if self.finished or self.selector.spec.when == "chunk":
+            self.evict(step)
 
     def _receive(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self.recent.append(k, v)
@@ -144,12 +155,13 @@ class Bulk(Lane):
         else:
             for row, key, value in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True):
                 self._receive(key, value, step)
-                self.selector.step(row, self.recent, step)
+                self._observe(row, step)
         self._move()
 
     def branch(self) -> Bulk:
         """Full sinks and the bulk are shared, and recent entries too where no block leaves them."""
-        if self.reader is not None or (self.selector is not None and self.selector.running is not None):
+        stepping = self.selector is not None and self.selector.spec.when == "step"
+        if self.reader is not None or stepping:
             raise InputError(
                 "entries that later tokens choose from, or evict, cannot be shared",
                 got="a plan that " + ("reads selectively" if self.reader is not None else "evicts at every step"),
@@ -202,22 +214,50 @@ class Bulk(Lane):
 
     def finish(self) -> None:
         self.finished = True
+        if self.selector is not None:
+            self.selector.finish()
         self._move()
 
-    def thin(self, scores: torch.Tensor, count: int) -> None:
-        """Of the entries held, which must all be recent, keep the `count` best by scores [B,K,S]."""
+    def scores(self, step: Step) -> torch.Tensor:
+        """Of the entries held, which must all be recent, [B,K,S]."""
         assert self.selector is not None
-        spec, index = self.selector.spec, self.selector.choose(scores, count)
-        self.selector.settle(scores, index)
-        if spec.merge == "nearest":
-            k, v = merged(*self.recent.recall(), index, spec.threshold)
-            self.recent = Dense()
-            self.recent.append(k, v)
-        else:
-            self.recent.take(index)
+        return self.selector.scores(*self.recent.recall(), step)
+
+    def evict(self, step: Step) -> None:
+        """Keep what the selector's limit allows; with nothing to drop or to remember, nothing is scored."""
+        assert self.selector is not None
+        if self.selector.queries:
+            self.thin(self.scores(step), self.selector.limit)
+
+    def thin(self, scores: torch.Tensor, limit: int) -> None:
+        """Of the entries held, which must all be recent, keep the `limit` best by scores [B,K,S], if there are more."""
+        assert self.selector is not None
+        spec, held = self.selector.spec, self.recent.length
+        if held > limit:
+            index = self.selector.choose(scores, limit)
+            scores = scores.gather(2, index)
+            if spec.merge == "drop":
+                self.recent.take(index)
+            else:
+                self.recent.become(*merged(*self.recent.recall(), self.recent.counts(), index, spec), count=spec.count)
+            self._place(index, held)
+        self.selector.settle(scores, limit)
+
+    def _place(self, index: torch.Tensor, held: int) -> None:
+        """Entries index int64 [B,K,N] of those held have stayed: note their positions where keys need them, or move
+        their keys so that they stand right before the next token; all held stood so before."""
         key = self.encodings[0]
+        if self.reindex and self.rotary is not None:
+            source = index + self.fed - held + self.origin
+            target = torch.arange(self.fed - index.shape[2], self.fed, device=index.device).expand_as(index)
+            k, _ = self.recent.recall()
+            bare = self.rotary.unrotate(k, self.rotary.table(source))
+            k.copy_(self.rotary.rotate(bare, self.rotary.table(target + self.origin)))
+            index = target
+        elif self.positions is not None:
+            index = self.positions.gather(2, index)
         if key is not None and not key.rotated:
-            self.positions = index
+            self.positions = index.contiguous()
 
     def _bulk_positions(self, low: int, high: int) -> torch.Tensor:
         """Positions of entries of the bulk, int64 [S] or [B,K,S]."""

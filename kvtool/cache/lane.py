@@ -20,9 +20,9 @@ Partial = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One call's circumstances. `start`: tokens seen before; `origin`: the position of the first of them, which RoPE was
-    given; `strict`: compression acts within prefill as it does in decode, so that how a prompt is cut makes no
-    difference."""
+    """One call's circumstances. `start`: tokens seen before; `origin`: the position of the first of them that RoPE was
+    given; `strict`: compression acts within prefill as it does in decode, so that a prompt's cut makes no difference.
+    """
 
     start: int
     scale: float
@@ -60,9 +60,6 @@ class Lane(ABC):
     def branch(self) -> Lane:
         """A lane that goes on from here and leaves this one alone. What no later token changes is shared between the
         two, and between all rows of the new one."""
-
-    def finish(self) -> None:
-        """The prompt is in: do what waits for its end. Called once, before the first decode step."""
 
     @abstractmethod
     def recall(self) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -2,7 +2,8 @@
 
     k̂ = (1/N) Σ_dropped k,   v̂ = (1/N) Σ_dropped v,   logit = scale · q·k̂ + log N
 
-RazorAttention (arXiv 2407.15891, section 3.3; the formula is quoted from memory in the method's card). Sums are fp32 at least.
+RazorAttention (arXiv 2407.15891, section 3.3; the formula is quoted from memory in the method's card). Sums are fp32
+at least.
 """
 
 from __future__ import annotations

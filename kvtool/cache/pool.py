@@ -1,8 +1,8 @@
 """Entries of neighbouring layers written as one: a basis that layers share, or heads of several layers joined.
 
-The layers of a span hand in the entries that leave their raw windows, layer by layer within one call of the network; with
-the last one's the pool encodes them together, as if they were one layer with span·K KV heads. A `Member` is what one
-layer sees of its pool. Shapes as in `lane.py`.
+The layers of a span hand in the entries that leave their raw windows, layer by layer within one call of the network;
+with the last one's the pool encodes them together, as if they were one layer with span·K KV heads. A `Member` is what
+one layer sees of its pool. Shapes as in `lane.py`.
 """
 
 from __future__ import annotations

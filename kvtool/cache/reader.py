@@ -21,7 +21,6 @@ from kvtool.cache import tails
 from kvtool.cache.board import Board, Post
 from kvtool.cache.lane import Partial, Step
 from kvtool.cache.segments import Segment
-from kvtool.cache.selector import reduced
 from kvtool.cache.summaries._base import Given, wide
 from kvtool.cache.units import Units
 from kvtool.slots import Read
@@ -140,7 +139,11 @@ class Reader:
         """Scores [B,K,G,U] per query head → [B,K,C,U] per chooser."""
         if self.spec.softmax:
             scores = torch.softmax(tails.capped(scores, step), -1)
-        return scores if self.spec.heads == "each" else reduced(scores, self.spec.heads, 2)[:, :, None]
+        if self.spec.heads == "each":
+            return scores
+        if self.spec.heads == "max":
+            return scores.amax(2, keepdim=True)
+        return scores.mean(2, keepdim=True) if self.spec.heads == "mean" else scores.sum(2, keepdim=True)
 
     # the choice, and attention over it
 

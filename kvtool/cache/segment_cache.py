@@ -16,13 +16,15 @@ from typing import Literal
 import torch
 from transformers.cache_utils import Cache
 
+from kvtool import conflicts
 from kvtool.cache.board import Board
 from kvtool.cache.build import lanes, per_row
 from kvtool.cache.lane import Lane, Step
 from kvtool.cache.selection import select
 from kvtool.errors import InputError
-from kvtool.model import Attention, Layer, Model
-from kvtool.plan import Plan, conflicts
+from kvtool.model import Model
+from kvtool.plan import Plan
+from kvtool.serving import Attention, Layer
 
 Protocol = Literal["official", "strict"]
 
@@ -69,9 +71,17 @@ class Part:
 class SegmentLayer(Layer):
     """One layer's lanes, part by part. `columns` counts tokens fed, padding included."""
 
-    def __init__(self, make: Callable[[], list[Lane]], *, strict: bool, by_row: bool, finish: Callable[[], None]):
+    def __init__(
+        self,
+        make: Callable[[], list[Lane]],
+        *,
+        strict: bool,
+        by_row: bool,
+        finish: Callable[[], None],
+        filled: Callable[[SegmentLayer], None],
+    ):
         super().__init__()
-        self.make, self.strict, self.by_row, self.finish = make, strict, by_row, finish
+        self.make, self.strict, self.by_row, self.finish, self.filled = make, strict, by_row, finish, filled
         self.parts: list[Part] = []
         self.columns = 0
         self.prefix = 0  # columns that all rows share
@@ -100,6 +110,8 @@ class SegmentLayer(Layer):
                 if skip < q.shape[2]:
                     at = (part.rows, slice(None), slice(skip, None))
                     out[at], lse[at] = part.step(q[at], k[at], v[at], self._step(part))
+        if start == 0:
+            self.filled(self)
         return _with_sink_logits(out, lse, call)
 
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
@@ -253,15 +265,18 @@ class SegmentCache(Cache):
             self._check(prefix)
         elif plan is not None:
             plan.check(model.fingerprint)
-            conflicts(plan)
+            conflicts.check(plan)
             if plan.store is not None and plan.store.span > 1 and protocol == "strict":
                 raise InputError(
-                    "layers that are written as one wait for the last of them, so a chunk cannot see its own entries coded",
+                    "layers that are written as one wait for the last of them: no chunk can see its own entries coded",
                     remedy="use the protocol official",
                 )
-            if plan.read is not None:
-                plan.read.check(plan.keep)
             shared = plan.keep is not None and bool(plan.keep.recent_ratio) and not bool(plan.keep.full.all())
+            spec = None if plan.keep is None else plan.keep.select
+            early = spec is not None and spec.when == "chunk" and bool((spec.budget <= 1).any())
+            if early and prompt_length is None:
+                raise InputError("this plan's budget is a share of a prompt that is not all in when entries go",
+                                 remedy="pass prompt_length=<tokens>")  # fmt: skip
             if shared and prompt_length is None:
                 raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
         self.finished = prefix is not None or plan is None or plan.keep is None or plan.keep.select is None
@@ -274,6 +289,7 @@ class SegmentCache(Cache):
                 strict=protocol == "strict",
                 by_row=per_row(plan),
                 finish=self.finish,
+                filled=lambda layer: self._filled(layer, prompt_length),
             )
             for index in range(model.geometry.layers)
         ]
@@ -317,6 +333,13 @@ class SegmentCache(Cache):
         assert self.plan.keep is not None
         assert self.plan.keep.select is not None
         select(self.plan.keep.select, self.segments)
+
+    def _filled(self, layer: SegmentLayer, prompt_length: int | None) -> None:
+        """The whole prompt is in one layer, the next ones to come: what its own scores select is selected now, so that
+        no two layers ever hold all of a prompt."""
+        spec = None if self.plan is None or self.plan.keep is None else self.plan.keep.select
+        if not self.finished and spec is not None and spec.spread != "model" and layer.columns == prompt_length:
+            select(spec, [layer])
 
     def record_for(self, plan: Plan) -> None:
         """Keep the queries that a cache of `plan` needs to adopt this one."""

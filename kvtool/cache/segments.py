@@ -90,18 +90,30 @@ class Dense(Segment):
     def __init__(self, *, slow: bool = False) -> None:
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None  # fp32 [B,K,S,1]: entries that each one stands for, where that is not 1
         self.slow = slow
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.device = k.device
         self.k = _append(self.k, self._put(k), self.length)
         self.v = _append(self.v, self._put(v), self.length)
+        if self.weight is not None:
+            one = torch.ones(*k.shape[:3], 1, dtype=torch.float32, device=k.device)
+            self.weight = _append(self.weight, one, self.length)
         self.length += k.shape[2]
 
     def attend(self, q: torch.Tensor, step: Step, *, causal: bool = False) -> Partial:
-        """`causal`: the last T entries are the queries' own."""
+        """`causal`: the last T entries are the queries' own. Weight n adds log n to an entry's logit."""
         k, v = self.recall()
-        return attend(q, k, v, causal=causal, **step.options)
+        if self.weight is None:
+            return attend(q, k, v, causal=causal, **step.options)
+        bias = self.weight[:, :, : self.length, 0].log()[:, :, None]
+        if causal:
+            bias = bias.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            return attend(q, k, v, causal=True, bias=bias, **step.options)
+        rows = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # a KV head's queries share its bias
+        out, lse = attend(rows, k, v, bias=bias, **step.options)
+        return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
     def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.v is not None
@@ -127,6 +139,19 @@ class Dense(Segment):
         k, v = self.recall()
         full = index[..., None].expand(-1, -1, -1, k.shape[-1])
         self.k, self.v, self.length = k.gather(2, full), v.gather(2, full), index.shape[2]
+        self.weight = None if self.weight is None else self.weight.gather(2, index[..., None])
+
+    def counts(self) -> torch.Tensor:
+        """Entries that each one stands for, fp32 [B,K,S]."""
+        assert self.k is not None
+        if self.weight is None:
+            return torch.ones(*self.k.shape[:2], self.length, device=self.k.device)
+        return self.weight[:, :, : self.length, 0]
+
+    def become(self, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor, *, count: bool) -> None:
+        """Hold k, v [B,K,S,D] instead; if `count`, standing for counts [B,K,S] entries each."""
+        self.k, self.v, self.length = k, v, k.shape[2]
+        self.weight = counts[..., None].contiguous() if count else None
 
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.k is not None
@@ -138,6 +163,8 @@ class Dense(Segment):
     def buffers(self) -> Iterator[torch.Tensor]:
         if self.k is not None and self.v is not None:
             yield from (self.k, self.v)
+        if self.weight is not None:
+            yield self.weight
 
     def key_bytes(self) -> int:
         return 0 if self.k is None else self.k.nbytes // self.k.shape[2] * self.length
@@ -148,6 +175,7 @@ class Dense(Segment):
     def reorder(self, rows: torch.Tensor) -> None:
         if self.k is not None and self.v is not None:
             self.k, self.v = self.k[rows], self.v[rows]
+            self.weight = None if self.weight is None else self.weight[rows]
 
 
 class Coded(Segment):

@@ -1,8 +1,11 @@
-"""Scored eviction, stage by stage: observe → score → pool → reduce over the group → budget → select → merge.
+"""Scored eviction, stage by stage: observe → score → pool → reduce over the group → budget → select.
 
-A `Selector` belongs to one lane. It keeps the queries that its rule looks at while the prompt comes in; `scores` runs
-the first stages, `counts` the budget, `choose` the last ones. What a layer's or the model's heads share is decided by
-the caller, who sees all lanes.
+A `Selector` belongs to one lane. It keeps the queries that its rule looks at until they have scored the entries held;
+`scores` runs the first stages, `limits` the budget, `choose` the last one. What a layer's or the model's heads share is
+decided by the caller, who sees all lanes; what becomes of the others is in `merging.py`.
+
+Shapes as in `lane.py`; S entries held, in order. A query's place among them is counted from the end, since what was
+evicted stood before it.
 """
 
 from __future__ import annotations
@@ -14,26 +17,37 @@ import torch
 from kvtool import registry
 from kvtool.cache.lane import Step
 from kvtool.cache.scores._base import View
-from kvtool.cache.segments import Dense
 from kvtool.slots import Select
 
 PROBED = 0.05  # share of the newest queries, and of the others, that "probes" looks at (ZipCache, section 4.2)
 
 
 class Selector:
-    """`budget`: of each of the lane's heads, as in `Select`."""
+    """`budget`: of each of the lane's heads, as in `Select`; `layer` and `heads` say where they are.
 
-    def __init__(self, spec: Select, budget: list[float]):
-        self.spec, self.budget = spec, budget
+    `prompt_length` resolves budgets that are a share of the prompt where entries go before all of it is in.
+    """
+
+    def __init__(self, spec: Select, budget: list[float], layer: int, heads: list[int], prompt_length: int = 0):
+        self.spec, self.budget, self.layer, self.heads = spec, budget, layer, heads
         self.rule = registry.module("cache/scores", spec.score, "score")
+        self.prompt_length = prompt_length
+        self.clear()
+
+    def clear(self) -> None:
         self.queries: list[torch.Tensor] = []
         self.first: list[int] = []
-        self.running: torch.Tensor | None = None  # scores of the entries held, for eviction at every step
-        self.limit = 0  # entries a head may hold then
+        self.running: torch.Tensor | None = None  # scores of the entries held, if they will be scored again
+        self.turn = 0
+        self.limit = 0  # entries a head may hold, once that is settled
+        if self.spec.when == "chunk":
+            self.limit = self.limits(self.prompt_length)[0]
 
     def observe(self, q: torch.Tensor, start: int) -> None:
         """Remember the queries q [B,H,T,D] at positions start … that the rule may look at."""
-        if self.spec.observe == "last":
+        if not self.rule.QUERIES:
+            q, start = q[:, :, :0], start + q.shape[2]
+        elif self.spec.observe == "last":
             q, start = q[:, :, -self.spec.observed :], start + max(0, q.shape[2] - self.spec.observed)
             while self.queries and sum(x.shape[2] for x in self.queries[1:]) + q.shape[2] >= self.spec.observed:
                 self.queries.pop(0)
@@ -41,13 +55,14 @@ class Selector:
         self.queries.append(q.clone())
         self.first.append(start)
 
-    def _observed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [B,H,N,D] and their positions int64 [N]."""
+    def _observed(self, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [B,H,N,D] and their places int64 [N] among so many entries, of which the last is the newest query's own."""
         q = torch.cat(self.queries, dim=2)
         rows = torch.cat([torch.arange(at, at + x.shape[2]) for at, x in zip(self.first, self.queries, strict=True)])
+        rows += entries - self.first[-1] - self.queries[-1].shape[2]
         if self.spec.observe == "last":
             q, rows = q[:, :, -self.spec.observed :], rows[-self.spec.observed :]
-        elif self.spec.observe == "probes":
+        elif self.spec.observe == "probes" and len(rows):
             count = max(1, round(PROBED * len(rows)))
             others = torch.randperm(len(rows) - count, generator=torch.Generator().manual_seed(self.spec.seed))[:count]
             chosen = torch.cat([others.sort().values, torch.arange(len(rows) - count, len(rows))])
@@ -55,71 +70,61 @@ class Selector:
         return q, rows.to(q.device)
 
     def scores(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> torch.Tensor:
-        """Scores of the entries k, v [B,K,S,D] per KV head, fp32 [B,K,S]; what always stays scores +inf."""
-        q, rows = self._observed()
-        raw = self.rule.score(View(q, rows, k, v, step.scale, step.softcap, self.spec.seed))
-        entries = raw.shape[2]
-        if raw.shape[1] != k.shape[1] and self.spec.group_first:
-            raw = self._grouped(raw, k.shape[1])
-        raw = self._pooled(raw)
-        if raw.shape[1] != k.shape[1]:
-            raw = self._grouped(raw, k.shape[1])
-        raw = raw.clone()
-        raw[..., : self.spec.sink] = float("inf")
-        raw[..., max(0, entries - self.spec.recent) :] = float("inf")
-        return raw
+        """Scores of the entries k, v [B,K,S,D] per KV head, [B,K,S], old scores included."""
+        q, rows = self._observed(k.shape[2])
+        view = View(q, rows, k, v, step.scale, step.softcap, self.spec, self.layer, self.heads, self.turn)
+        new = self.rule.score(view)
+        split = (k.shape[1], new.shape[1] // k.shape[1])
+        if self.spec.group_first:
+            new = self._pooled(self._grouped(new.unflatten(1, split)))
+        else:
+            new = self._grouped(self._pooled(new).unflatten(1, split))
+        if self.running is not None and self.rule.QUERIES:
+            old = torch.nn.functional.pad(self.spec.decay * self.running, (0, k.shape[2] - self.running.shape[2]))
+            new = torch.maximum(old, new) if self.spec.reduce == "max" else old + new
+        return new.mean(1, keepdim=True).expand_as(new) if self.spec.alike else new
 
-    def _grouped(self, scores: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        split = scores.unflatten(1, (kv_heads, -1))
-        return reduced(split, self.spec.group, 2)
+    def _grouped(self, scores: torch.Tensor) -> torch.Tensor:
+        """[B,K,G,S] → [B,K,S]."""
+        how = self.spec.group
+        return scores.amax(2) if how == "max" else scores.mean(2) if how == "mean" else scores.sum(2)
 
     def _pooled(self, scores: torch.Tensor) -> torch.Tensor:
-        if self.spec.pool == "none" or self.spec.kernel == 1:
+        size = self.spec.kernel
+        if self.spec.pool == "none" or size == 1:
             return scores
-        size, entries = self.spec.kernel, scores.shape[2]
-        if self.spec.pool == "mean":
-            return torch.nn.functional.avg_pool1d(scores, size, 1, size // 2)[..., :entries]
-        return torch.nn.functional.max_pool1d(scores, size, 1, size // 2)[..., :entries]
+        pool = torch.nn.functional.avg_pool1d if self.spec.pool == "mean" else torch.nn.functional.max_pool1d
+        return pool(scores, size, 1, size // 2)
 
-    def counts(self, entries: int) -> list[int]:
-        """Entries that each head may keep of `entries`."""
-        return [min(entries, max(1, round(b * entries) if b <= 1 else int(b))) for b in self.budget]
+    def free(self, entries: int) -> slice:
+        """The entries, of so many, that do not stay whatever they score; at decode steps the newest always stays."""
+        recent = max(self.spec.recent, int(self.spec.when == "step" and self.running is not None))
+        low = min(self.spec.sink, entries)
+        return slice(low, max(low, entries - recent))
+
+    def limits(self, entries: int) -> list[int]:
+        """Entries that each head may hold after a prompt of so many."""
+        return [max(1, round(b * entries)) if b <= 1 else int(b) for b in self.budget]
 
     def choose(self, scores: torch.Tensor, count: int) -> torch.Tensor:
-        """The `count` best of scores [B,K,S], in order: int64 [B,K,count]. Ties go to the newer entry."""
+        """What always stays, and the best of scores [B,K,S]: `count` entries, in order, int64 [B,K,count]. Ties go to
+        the newer entry."""
+        free, scores = self.free(scores.shape[2]), scores.clone()
+        scores[..., : free.start] = scores[..., free.stop :] = float("inf")
         flipped = torch.argsort(scores.flip(-1), dim=-1, descending=True, stable=True)[..., :count]
         return (scores.shape[2] - 1 - flipped).sort(-1).values
 
-    def settle(self, scores: torch.Tensor, index: torch.Tensor) -> None:
-        """The prompt's choice is made: forget the queries, and remember what steps need of scores [B,K,S]."""
+    def settle(self, scores: torch.Tensor, limit: int) -> None:
+        """A choice is made: forget the queries, and remember what the next one needs of scores [B,K,N] of the kept."""
         self.queries, self.first = [], []
-        if self.spec.when == "step":
-            self.running = scores.gather(2, index).nan_to_num(posinf=0.0)
-            self.limit = index.shape[2]
+        if self.spec.when != "prefill":
+            self.running, self.limit = scores.contiguous(), limit
+            self.turn += 1
 
-    def step(self, q: torch.Tensor, held: Dense, step: Step) -> None:
-        """One decode step: s ← decay · s + the attention q [B,H,1,D] pays, then the lowest entries beyond the limit go.
-
-        Decay 1 accumulates (H2O); 0 looks at the newest query alone (TOVA).
-        """
-        if self.running is None:
-            return
-        k, _ = held.recall()
-        rows = torch.full((q.shape[2],), k.shape[2], device=q.device)
-        paid = self._grouped(self.rule.score(View(q, rows, k, k, step.scale, step.softcap, self.spec.seed)), k.shape[1])
-        known = torch.nn.functional.pad(self.running, (0, k.shape[2] - self.running.shape[2]))
-        self.running = self.spec.decay * known + paid
-        if k.shape[2] > self.limit:
-            scores = self.running.clone()
-            scores[..., : self.spec.sink] = float("inf")
-            scores[..., k.shape[2] - max(1, self.spec.recent) :] = float("inf")
-            index = self.choose(scores, self.limit)
-            held.take(index)
-            self.running = self.running.gather(2, index)
-
-    def clear(self) -> None:
-        self.queries, self.first = [], []
-        self.running = None
+    def finish(self) -> None:
+        """The prompt is in."""
+        if self.spec.when != "step":
+            self.running = None
 
     def buffers(self) -> Iterator[torch.Tensor]:
         yield from self.queries
@@ -129,28 +134,3 @@ class Selector:
     def reorder(self, rows: torch.Tensor) -> None:
         self.queries = [q[rows] for q in self.queries]
         self.running = None if self.running is None else self.running[rows]
-
-
-def reduced(scores: torch.Tensor, how: str, axis: int) -> torch.Tensor:
-    """The GQA group's query heads, on `axis`, become one score: "mean", "max" or "sum"."""
-    return scores.amax(axis) if how == "max" else scores.mean(axis) if how == "mean" else scores.sum(axis)
-
-
-def merged(
-    k: torch.Tensor, v: torch.Tensor, index: torch.Tensor, threshold: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept entries k, v [B,K,N,D] at index int64 [B,K,N] of [B,K,S,D], each averaged with the dropped entries whose keys
-    are nearest to its own (largest cosine, at least `threshold`); the others are gone."""
-    full = index[..., None].expand(-1, -1, -1, k.shape[-1])
-    kept_k, kept_v = k.gather(2, full).float(), v.gather(2, full).float()
-    dropped = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device).scatter(2, index, False)
-    unit = torch.nn.functional.normalize
-    cosine = unit(k.float(), dim=-1) @ unit(kept_k, dim=-1).transpose(-1, -2)  # [B,K,S,N]
-    best, owner = cosine.max(-1)
-    joins = (dropped & (best >= threshold)).float()[..., None]
-    target = owner[..., None].expand(-1, -1, -1, k.shape[-1])
-    count = torch.ones_like(kept_k).scatter_add(2, target, joins.expand_as(target))
-    out = [
-        (kept.scatter_add(2, target, x.float() * joins) / count).to(x.dtype) for kept, x in ((kept_k, k), (kept_v, v))
-    ]
-    return out[0], out[1]

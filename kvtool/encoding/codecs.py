@@ -51,6 +51,9 @@ class Codec(Record, ABC):
     def decode(self, parts: Parts, width: int) -> torch.Tensor:
         """ẑ fp32 [B,K,S,r], r = `width`."""
 
+    def check(self, heads: int, width: int) -> None:
+        """Raise InputError unless this can write `heads` heads of `width` channels."""
+
     def heads(self, indices: list[int]) -> Codec:
         """The codec of these heads of the layer."""
         return self
@@ -58,7 +61,7 @@ class Codec(Record, ABC):
 
 @dataclass(frozen=True)
 class Raw(Codec):
-    """Numbers of a floating-point type; "model" keeps the type they come in."""
+    """Numbers of a floating-point type, whose largest stands for all beyond; "model" keeps the type they come in."""
 
     dtype: str = "model"
 
@@ -71,7 +74,11 @@ class Raw(Codec):
         return self.dtype == "model"
 
     def encode(self, z: torch.Tensor) -> Parts:
-        return {"dense": z if self.dtype == "model" else z.to(FLOATS[self.dtype])}
+        if self.dtype == "model":
+            return {"dense": z}
+        kind = FLOATS[self.dtype]
+        limit = min(torch.finfo(kind).max, torch.finfo(z.dtype).max)
+        return {"dense": z.clamp(-limit, limit).to(kind)}
 
     def packed(self, parts: Parts) -> torch.Tensor:
         return parts["dense"]
@@ -100,6 +107,9 @@ class Affine(Codec):
     def block(self) -> int:
         return self.group if self.axis == "token" else 1
 
+    def check(self, heads: int, width: int) -> None:
+        _whole_groups(self, width, _bytes(width))
+
     def encode(self, z: torch.Tensor) -> Parts:
         made = quantize(_padded(z, self.axis), bits=self.bits, group=self.group, layout=self.axis, clip=self.clip)
         assert made.zero is not None
@@ -118,9 +128,10 @@ class Affine(Codec):
 class Levels(Codec):
     """x̂ = levels[code]·s + m: a look-up table of 2^bits sorted levels, fp32, for numbers in a normalised range.
 
-    `scale` and `zero` fp32 [K|1,D/group] are fixed ranges (KVQuant's keys); without them each group has its own: mid-range
-    and half-width (`ranges="minmax"`), or mean and deviation ("moments": levels of a unit normal), or for signs the
-    mean of |x| ("absolute", m = 0). Numbers outside the table take its nearest end.
+    `scale` and `zero` fp32 [K|1,D/group] are fixed ranges (KVQuant's keys); without them each group has its own:
+    mid-range and half-width (`ranges="minmax"`), or mean and deviation ("moments": levels of a unit normal), or for
+    signs the mean of |x| ("absolute", m = 0). Numbers outside the table take its nearest end. Where a group's numbers
+    are all equal s is 0, so that they come back as m.
     """
 
     levels: torch.Tensor
@@ -147,52 +158,58 @@ class Levels(Codec):
     def block(self) -> int:
         return self.group if self.axis == "token" else 1
 
+    def check(self, heads: int, width: int) -> None:
+        _whole_groups(self, width, _bytes(width))
+        for fixed in (self.scale, self.zero):
+            if fixed is not None and (len(fixed) not in (1, heads) or fixed.shape[1] != width // self.group):
+                raise InputError(
+                    "fixed ranges of another shape", got=list(fixed.shape), expected=[heads, width // self.group]
+                )
+
     def encode(self, z: torch.Tensor) -> Parts:
         z = _padded(z, self.axis)
-        scale, zero = self._ranges(z)
-        levels = self.levels.to(z.device)
+        scale, zero = self._fixed(z) if self.ranges == "fixed" else _written(*self._ranges(z))
+        divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
         made = quantize_levels(
-            z, levels=levels, scale=scale, zero=zero, bits=self.bits, group=self.group, layout=self.axis
-        )
-        parts = {"codes": made.codes}
-        if self.ranges != "fixed":
-            parts["scale"] = made.scale
-            if made.zero is not None:
-                parts["zero"] = made.zero
-        return parts
+            z, levels=self.levels.to(z.device), scale=divisor, zero=zero,
+            bits=self.bits, group=self.group, layout=self.axis,
+        )  # fmt: skip
+        if self.ranges == "fixed":
+            return {"codes": made.codes}
+        return {"codes": made.codes, "scale": scale} | ({} if zero is None else {"zero": zero})
 
     def heads(self, indices: list[int]) -> Levels:
         fixed = [x if x is None or len(x) == 1 else x[indices] for x in (self.scale, self.zero)]
         return replace(self, scale=fixed[0], zero=fixed[1])
 
-    def _fixed(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return tensor.to(device)[None, :, None]
+    def _fixed(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and zero [1,K|1,1,r/g] for the padded width, on the device of `like`."""
+        assert self.scale is not None
+        missing = (0, _bytes(self.scale.shape[1] * self.group) // self.group - self.scale.shape[1])
+        scale, zero = (
+            None if fixed is None else torch.nn.functional.pad(fixed.to(like.device), missing)[None, :, None]
+            for fixed in (self.scale, self.zero)
+        )
+        assert scale is not None
+        return scale, zero
 
     def _ranges(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.scale is not None:
-            zero = None if self.zero is None else self._fixed(self.zero, z.device)
-            return self._fixed(self.scale, z.device), zero
         if self.axis == "token":
             grouped = z.float().unflatten(2, (-1, self.group)).transpose(3, 4)  # [B,K,S/g,r,g]
         else:
             grouped = z.float().unflatten(3, (-1, self.group))  # [B,K,S,r/g,g]
         if self.ranges == "absolute":
-            return _safe(grouped.abs().mean(-1)), None
+            return grouped.abs().mean(-1), None
         if self.ranges == "moments":
-            return _safe(grouped.std(-1, correction=0)), grouped.mean(-1).half()
+            return grouped.std(-1, correction=0), grouped.mean(-1)
         low, high = grouped.amin(-1), grouped.amax(-1)
-        return _safe((high - low) / 2), ((high + low) / 2).half()
+        return (high - low) / 2, (high + low) / 2
 
     def packed(self, parts: Parts) -> Packed:
-        device = parts["codes"].device
-        if self.scale is not None:
-            scale = self._fixed(self.scale, device)
-            zero = None if self.zero is None else self._fixed(self.zero, device)
-        else:
-            scale, zero = parts["scale"], parts.get("zero")
-        return Packed(
-            parts["codes"], scale, zero, self.bits, self.group, self.axis, _width(parts, self), self.levels.to(device)
-        )
+        codes = parts["codes"]
+        scale, zero = self._fixed(codes) if self.ranges == "fixed" else (parts["scale"], parts.get("zero"))
+        levels = self.levels.to(codes.device)
+        return Packed(codes, scale, zero, self.bits, self.group, self.axis, _width(parts, self), levels)
 
     def decode(self, parts: Parts, width: int) -> torch.Tensor:
         return dequantize(self.packed(parts))[..., :width]
@@ -217,6 +234,9 @@ class Ternary(Codec):
     def block(self) -> int:
         return self.group if self.axis == "token" else 1
 
+    def check(self, heads: int, width: int) -> None:
+        _whole_groups(self, width, width)
+
     def encode(self, z: torch.Tensor) -> Parts:
         if self.axis == "token":
             grouped = z.float().unflatten(2, (-1, self.group)).transpose(3, 4)
@@ -228,7 +248,7 @@ class Ternary(Codec):
         codes = (1 + grouped.sign() * kept).to(torch.uint8)  # 0, 1, 2 for −s, 0, s
         if self.axis == "channel":
             codes = codes.flatten(3)
-        return {"codes": pack_trits(codes), "scale": scale.half()}
+        return {"codes": pack_trits(codes), "scale": _written(scale)[0]}
 
     def packed(self, parts: Parts) -> None:
         return None
@@ -252,14 +272,31 @@ def _check(bits: int, group: int, axis: str) -> None:
         raise InputError("bad group along tokens", got=group, expected="8, 16, 32, 64 or 128")
 
 
-def _safe(scale: torch.Tensor) -> torch.Tensor:
-    half = scale.half()
-    return torch.where(half > 0, half, torch.ones_like(half))
+def _whole_groups(codec: Affine | Levels | Ternary, *widths: int) -> None:
+    """Groups of channels do not cross the end of the heads, nor that of the padding behind them."""
+    if codec.axis == "channel" and any(width % codec.group for width in widths):
+        raise InputError(
+            f"groups of {codec.group} channels do not divide the width", got=" padded to ".join(map(str, widths))
+        )
+
+
+def _written(scale: torch.Tensor, zero: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As they are stored: in fp16 unless one would overflow there, then in bf16."""
+    largest = torch.finfo(torch.float16).max
+    small = all(bool((tensor.abs() <= largest).all()) for tensor in (scale, zero) if tensor is not None)
+    kind = torch.float16 if small else torch.bfloat16
+    return scale.to(kind), None if zero is None else zero.to(kind)
+
+
+def _bytes(width: int) -> int:
+    """Codes along channels fill whole bytes: widths go up to a multiple of 8."""
+    return -(-width // 8) * 8
 
 
 def _padded(z: torch.Tensor, axis: str) -> torch.Tensor:
-    """Codes fill whole bytes: along channels, widths go up to a multiple of 8 with zeros."""
-    return z if axis == "token" or z.shape[-1] % 8 == 0 else torch.nn.functional.pad(z, (0, -z.shape[-1] % 8))
+    """z with zeros behind its channels where codes run along them."""
+    missing = _bytes(z.shape[-1]) - z.shape[-1]
+    return z if axis == "token" or not missing else torch.nn.functional.pad(z, (0, missing))
 
 
 def _width(parts: Parts, codec: Affine | Levels) -> int:

@@ -10,7 +10,7 @@ decoding, by the positions that it keeps. Attention runs on the written form its
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from kvtool.encoding.codecs import Codec, Parts, Raw
 from kvtool.encoding.residuals import ErrorBasis, Outliers
 from kvtool.encoding.transforms import Transform
 from kvtool.errors import InputError
-from kvtool.records import Record
+from kvtool.records import Record, tensors_of
 from kvtool_kernels.packed import Packed
 
 
@@ -26,7 +26,7 @@ from kvtool_kernels.packed import Packed
 class Encoding(Record):
     """What happens to one side. Empty: entries are held as they are."""
 
-    codec: Codec = Raw()
+    codec: Codec = field(default_factory=Raw)
     transforms: tuple[Transform, ...] = ()
     outliers: Outliers | None = None
     error: ErrorBasis | None = None
@@ -34,7 +34,7 @@ class Encoding(Record):
 
     @property
     def lossless(self) -> bool:
-        return self.codec.lossless and not self.transforms
+        return self.codec.lossless and not self.transforms and self.outliers is None and self.error is None
 
     @property
     def block(self) -> int:
@@ -54,18 +54,23 @@ class Encoding(Record):
         """How many neighbouring KV heads the transforms mix."""
         return math.prod(step.joined() for step in self.transforms)
 
+    @property
+    def commutes(self) -> bool:
+        """May the transforms stand on either side of RoPE? Of joined heads no step knows which channels pair up."""
+        return self.joined == 1 and all(step.commutes for step in self.transforms)
+
     def then(self, other: Encoding) -> Encoding:
         """Both, one after the other: the transforms of the first, then everything of the second."""
-        if self.lossless and self.outliers is None and self.error is None:
+        if self.lossless:
             return other
-        if other.lossless and other.outliers is None and other.error is None:
+        if other.lossless:
             return self
         if not self.codec.lossless or self.outliers is not None or self.error is not None:
             raise InputError(
                 "both plans write numbers down", got=f"{type(self.codec).__name__} and {type(other.codec).__name__}",
                 expected="a first plan that only transforms", remedy="put the plan with the transform first",
             )  # fmt: skip
-        if self.rotated and not other.rotated and not all(step.commutes for step in self.transforms):
+        if self.rotated and not other.rotated and not self.commutes:
             raise InputError(
                 "the first plan transforms keys after RoPE, the second stores them before it",
                 remedy="calibrate both for keys on the same side of RoPE",
@@ -80,10 +85,11 @@ class Encoding(Record):
                 "transforms that mix heads", got=f"{kv_heads} heads", expected=f"a multiple of {self.joined}"
             )
         for step in self.transforms:
-            width = step.width(width)
-        group, axis = getattr(self.codec, "group", 1), getattr(self.codec, "axis", "channel")
-        if axis == "channel" and width % group:
-            raise InputError(f"groups of {group} channels do not divide the width", got=width)
+            width, kv_heads = step.width(width), kv_heads // step.joined()
+            for tensor in tensors_of(step):
+                if len(tensor) not in (1, kv_heads):
+                    raise InputError(f"a {type(step).__name__} of {len(tensor)} heads", expected=kv_heads)
+        self.codec.check(kv_heads, width)
 
     def heads(self, indices: list[int], of: int) -> Encoding:
         """The encoding of these of a layer's `of` KV heads; raises InputError when a transform mixes others in."""
@@ -141,6 +147,8 @@ class Encoding(Record):
 
     def output(self, o: torch.Tensor, rows: int) -> torch.Tensor:
         """Weighted means of ẑ, [B,K',N',r] → of x̂, [B,K,N,D]; `rows` is N."""
+        rows *= self.joined  # a head's rows once heads are joined are those of all of them
         for step in reversed(self.transforms):
+            rows //= step.joined()
             o = step.output(o, rows)
         return o

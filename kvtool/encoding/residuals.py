@@ -85,7 +85,8 @@ class ErrorBasis(Record):
         for _ in range(self.loops):
             right = torch.linalg.qr(blocks.transpose(-1, -2) @ (blocks @ right))[0]
         right = right.half().float()
-        left = blocks @ right
+        limit = torch.finfo(torch.float16).max
+        left = (blocks @ right).clamp(-limit, limit)
         return {"error.left": left.flatten(2, 3).half(), "error.right": right.transpose(-1, -2).half()}
 
     def add(self, z: torch.Tensor, parts: Parts) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Linear changes of basis of one side (K or V) of a layer's entries, before the codec.
 
-    z = forward(x);   x̂ = inverse(ẑ) = ẑ·M + c;   q·x̂ = query(q)·ẑ + offset(q),   Σ pⱼ x̂ⱼ = inverse(Σ pⱼ ẑⱼ)  if Σ pⱼ = 1
+    z = forward(x);   x̂ = inverse(ẑ) = ẑ·M + c
+    q·x̂ = query(q)·ẑ + offset(q);   Σ pⱼ x̂ⱼ = output(Σ pⱼ ẑⱼ)  if Σ pⱼ = 1
 
 So attention runs on ẑ itself: the query takes M for keys, the output for values, and nothing is undone per entry.
 `commutes` says whether the map may be applied on either side of RoPE. Tensors that differ by KV head lead with K (or
@@ -58,6 +59,12 @@ class Transform(Record, ABC):
         """The transform of these heads of the layer."""
 
 
+def _fits(step: Transform, made_for: int, width: int) -> int:
+    if width != made_for:
+        raise InputError(f"a {type(step).__name__} for heads of another width", got=made_for, expected=width)
+    return width
+
+
 def _some(tensor: torch.Tensor, indices: list[int]) -> torch.Tensor:
     return tensor if len(tensor) == 1 else tensor[indices]
 
@@ -83,7 +90,7 @@ class Scale(Transform):
         return q * self.scale[:, None].to(q), None
 
     def width(self, width: int) -> int:
-        return width
+        return _fits(self, self.scale.shape[-1], width)
 
     def heads(self, indices: list[int]) -> Scale:
         return Scale(_some(self.scale, indices))
@@ -109,6 +116,7 @@ class Gather(Transform):
         return q.gather(-1, self._full(q)), None
 
     def width(self, width: int) -> int:
+        _fits(self, self.of, width)
         return self.index.shape[-1]
 
     def heads(self, indices: list[int]) -> Gather:
@@ -161,8 +169,7 @@ class Linear(Transform):
         return q @ self.up.transpose(-1, -2).to(q), offset
 
     def width(self, width: int) -> int:
-        if width != self.down.shape[-2]:
-            raise InputError("a basis of another width", got=self.down.shape[-2], expected=width)
+        _fits(self, self.down.shape[-2], width)
         return self.down.shape[-1]
 
     def heads(self, indices: list[int]) -> Linear:

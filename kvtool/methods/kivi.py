@@ -3,12 +3,12 @@
 Liu et al., arXiv 2402.02750, ICML 2024.
 
     keys (after RoPE): groups of g tokens of one channel;  values: groups of g channels of one token
-    s = (max − min)/(2^b − 1),  code = round((x − min)/s);   memory: b + 32/g bits a number, and R … R + block raw entries
+    s = (max − min)/(2^b − 1),  code = round((x − min)/s);   memory: b + 32/g bits a number, and raw recent entries
 
 No statistic is needed. Departures from the released code: keys and values leave the raw window together, `block` at
-a time (there values leave one by one, so that R of them are always raw, and keys when R have gathered, so that 0 … R − 1
-are); a group of equal numbers is exact instead of NaN; and the scale multiplies the query, or the softmax weight, once a
-group, so that nothing is dequantised in the inner loop. The authors advise 4 bits for models with shared KV heads.
+a time (there values leave one by one, so that R of them are always raw, and keys when R have gathered, so that 0 to
+R − 1 are); a group of equal numbers is exact instead of NaN; and the scale multiplies the query, or the softmax weight,
+once a group, so that nothing is dequantised in the inner loop. The authors advise 4 bits for shared KV heads.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ MODEL = False
 
 @dataclass(frozen=True)
 class Options:
-    """bits: of keys and values, 1 to 8. group: tokens of a channel, or channels of a token, that share a range. recent:
-    newest entries that stay raw. block: entries that leave the raw window together. sink: first entries that stay raw."""
+    """bits: of keys and values, 1 to 8. group: tokens of a channel, or channels of a token, that share a range.
+    recent: newest entries that stay raw. block: entries that leave the raw window together. sink: first entries that
+    stay raw."""
 
     bits: int = 2
     group: int = 32

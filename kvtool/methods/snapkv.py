@@ -5,10 +5,10 @@ Li et al., arXiv 2404.14469, NeurIPS 2024.
     s_j = mean over the last w queries of their attention to entry j, of all query heads of the KV head;
     s ← maximum over `kernel` neighbours;   keep the C − w best of the others, and the w last;   memory 2·b·d·L·K·C
 
-Decoded entries are all kept. The score is taken once, from the prompt's own last queries, so a question that comes later
-finds only what this prompt's end asked for. The released code scores each query head and copies the cache to all of
-them; here a KV head keeps one set, chosen by the mean over its group, which is what the bytes pay for. Defaults are the
-paper's (w 32, kernel 5, max pooling) with the budget as a share of the prompt.
+Decoded entries are all kept. The score is taken once, from the prompt's own last queries, so a question that comes
+later finds only what this prompt's end asked for. The released code scores each query head and copies the cache to all
+of them; here a KV head keeps one set, chosen by the mean over its group, which is what the bytes pay for. Defaults are
+the paper's (w 32, kernel 5, max pooling) with the budget as a share of the prompt.
 """
 
 from __future__ import annotations

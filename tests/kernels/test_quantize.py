@@ -183,6 +183,17 @@ def test_a_static_range_serves_every_entry() -> None:
     assert float((ops.dequantize(packed) - x).abs().max()) < 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_scale_of_two_bytes_is_read_exactly(dtype: torch.dtype) -> None:
+    """Subnormal numbers, infinities and NaN among them: code 1 of each scale is the scale."""
+    scale = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).reshape(1, 1, 4096, 16)
+    codes = ops.pack(torch.ones(1, 1, 4096, 256, dtype=torch.uint8), 4)
+    found = ops.dequantize(Packed(codes, scale, None, 4, 16, "channel", 256))
+    expected = scale.float().repeat_interleave(16, dim=3)
+    assert torch.equal(found.isnan(), expected.isnan())
+    same(found.nan_to_num(), expected.nan_to_num())
+
+
 def test_refusals() -> None:
     x = torch.zeros(1, 1, 63, 64)
     for layout, group, message in (

@@ -15,8 +15,8 @@ from kvtool.calibrate import calibrate, method
 from kvtool.methods._base import full_attention
 from kvtool.model import Model
 from kvtool.plan import Plan
-from kvtool.slots import EVERYTHING, Keep
 from kvtool.profile import profile
+from kvtool.slots import EVERYTHING, Keep
 from kvtool.trace import Trace, statistic
 from tests import models
 from tests.corpora import corpora
@@ -26,7 +26,8 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """tiny: lossy within a few tokens; none for a method that changes no cache by itself. lossless: on sequences of up to 900 tokens. ladder: growing budgets for the
+    """tiny: lossy within a few tokens; none for a method that changes no cache by itself. lossless: on sequences of
+    up to 900 tokens. ladder: growing budgets for the
     induction model and repeats of 24 tokens, the last one lossless. loss: nats that the first one costs at least."""
 
     tiny: tuple[Options, ...]
@@ -42,7 +43,7 @@ ROWS = {
         lossless=(dict(recent=900), dict(recent=900, position="original")),
         ladder=tuple(dict(sink=1, recent=recent, position="original") for recent in (2, 12, 30, 200)),
     ),
-    "draft": Row(tiny=(), lossless=(dict(), dict(tokens=1)), ladder=()),
+    "draft": Row(tiny=(), lossless=({}, dict(tokens=1)), ladder=()),
     "razor": Row(
         tiny=(dict(induction=0.3, echo=0.2, sink=2, recent=5, recent_ratio=0.0),),
         lossless=(dict(induction=1.0), dict(induction=0.0, recent=900)),

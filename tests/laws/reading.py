@@ -163,23 +163,21 @@ class Reading:
         """One query [D], the keys of one unit [n,D]."""
         name, rank = self.spec.summary, self.spec.rank
         if name == "minmax":
-            return sum(
-                max(float(c * low), float(c * high)) for c, low, high in zip(q, k.amin(0), k.amax(0), strict=True)
-            )
+            return float(torch.maximum(q * k.amin(0), q * k.amax(0)).sum())
         if name in ("mean", "root-mean"):
             return float(q @ k.mean(0)) * (len(k) ** 0.5 if name == "root-mean" else 1)
         if name == "keys" and rank:
             top = sorted(range(len(q)), key=lambda c: -abs(float(q[c])))[:rank]
-            return max(float(q[top] @ key[top]) for key in k) / math.sqrt(q[top].abs().sum() / q.abs().sum())
+            return float((k[:, top] @ q[top]).max()) / math.sqrt(q[top].abs().sum() / q.abs().sum())
         if name == "channels":
             assert self.spec.table is not None
             order = self.spec.table[self.layer, self.head, :rank].tolist()
-            return max(sum(float(q[c] * key[c]) for c in order) for key in k)
+            return float((k[:, order] @ q[order]).max())
         if name == "low-rank":
             assert self.spec.table is not None
             basis = self.spec.table[self.layer, self.head, :, :rank].double()
-            return max(float((q @ basis) @ (key @ basis)) for key in k)
-        return max(float(q @ key) for key in k)
+            return float((k @ basis @ (basis.T @ q)).max())
+        return float((k @ q).max())
 
     def _settle(self, keys) -> None:
         entries = len(keys[0])

@@ -19,6 +19,7 @@ from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import EVERYTHING
 from tests.laws.reading import Posts, Reading
+from tests.laws.selecting import Entry, Selecting
 
 NAME = "dense-reference"
 
@@ -29,6 +30,7 @@ class _Run:
     start: list[int]  # of each row: columns fed before the row's chunk
     alone: list[bool]  # is the row a chunk of one token after a prompt (a decode step)?
     strict: bool
+    prompt_length: int | None
     prompt: int  # the first row that is a decode step: what comes before it is the prompt
     tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     posts: Posts = field(default_factory=dict)
@@ -38,7 +40,13 @@ _run: _Run | None = None
 
 
 def dense(
-    model: Model, ids: torch.Tensor, plan: Plan | None, chunks: Sequence[int], *, strict: bool = False
+    model: Model,
+    ids: torch.Tensor,
+    plan: Plan | None,
+    chunks: Sequence[int],
+    *,
+    strict: bool = False,
+    prompt_length: int | None = None,
 ) -> torch.Tensor:
     """Logits [T,V] of ids [T] as if fed in `chunks` to a cache that executes `plan`."""
     global _run
@@ -47,7 +55,7 @@ def dense(
         start += [fed] * count
         alone += [count == 1 and fed > 0] * count
         fed += count
-    _run = _Run(plan, start, alone, strict, alone.index(True) if True in alone else len(alone))
+    _run = _Run(plan, start, alone, strict, prompt_length, alone.index(True) if True in alone else len(alone))
     try:
         with _served(model.network, _run), torch.no_grad():
             return model.network(input_ids=ids[None]).logits[0]
@@ -80,7 +88,9 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
     window, softcap, sink_logits = kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")
     keep = run.plan.keep if run.plan is not None else None
     out = torch.empty_like(query)
-    chosen = _chosen(run, layer, query, key, value, scale, softcap) if window is None else {}
+    selecting = _selecting(module, run, query, key, value, scale, softcap) if window is None else None
+    chosen = selecting.chosen(run.prompt) if selecting is not None and run.prompt <= key.shape[2] else {}
+    entries = _seen(run, selecting, key.shape[2])
     orders = {head: _order(run, chosen.get(head), key.shape[2]) for head in range(key.shape[1])}
     stored = run.plan is not None and run.plan.store is not None
     coded = _coded(module, run, key, value, orders) if stored else {}
@@ -126,43 +136,40 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, dro
             if reading is not None and (run.strict or run.alone[row]):
                 raw, held = (key[0, head], value[0, head]), (k_row[0, 0], v_row[0, 0])
                 logits, v = reading.row(row, seen, q[0, :, 0], raw, held, logits, v)
+            if (head, row) in entries and everything:
+                mine = entries[head, row]
+                logits = scale * _wide(q[0, :, 0]) @ torch.stack([e.k for e in mine]).to(logits.dtype).T
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                logits = logits + torch.tensor([e.number for e in mine], dtype=logits.dtype).log()
+                v = torch.stack([e.v for e in mine]).to(v.dtype)
             if sink_logits is not None:
                 logits = torch.cat([logits, _wide(sink_logits[heads, None])], dim=1)
             out[0, heads, row] = (torch.softmax(logits, dim=1)[:, : len(v)] @ v).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _chosen(run: _Run, layer: int, query, key, value, scale: float, softcap: float | None) -> dict[int, list[int]]:
-    """KV head → the entries of the prompt that a selection by attention keeps, entry by entry from the definition."""
+def _selecting(module: Any, run: _Run, query, key, value, scale: float, softcap: float | None) -> Selecting | None:
     keep = run.plan.keep if run.plan is not None else None
-    if keep is None or keep.select is None or run.prompt > key.shape[2]:
+    if keep is None or keep.select is None:
+        return None
+
+    def move(k: torch.Tensor, source: int, target: int) -> torch.Tensor:
+        return _moved(module, run, k[None, None, None], torch.tensor([source]), torch.tensor([target]))[0, 0, 0]
+
+    turn = move if keep.position == "reindex" else None
+    return Selecting(keep.select, module.layer_idx, query[0], key[0], value[0], scale, softcap, turn)
+
+
+def _seen(run: _Run, selecting: Selecting | None, tokens: int) -> dict[tuple[int, int], list[Entry]]:
+    """(KV head, row) → the entries that a row sees, where they are not just some of those that came."""
+    if selecting is None or run.plan is None or run.plan.store is not None or run.plan.read is not None:
         return {}
-    spec, n, group = keep.select, run.prompt, query.shape[1] // key.shape[1]
-    rows = {"last": range(max(0, n - spec.observed), n), "all": range(n)}[spec.observe]
-    found, scores = {}, {}
-    for head in range(key.shape[1]):
-        each = torch.zeros(group, n, dtype=torch.float64)
-        for g in range(group):
-            for row in rows:
-                logits = scale * _wide(key[0, head, : row + 1]) @ _wide(query[0, head * group + g, row])
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                each[g, : row + 1] += torch.softmax(logits.double(), 0)
-        each /= torch.tensor([max(1, sum(row >= j for row in rows)) for j in range(n)])
-        half = spec.kernel // 2
-        if spec.pool == "max":
-            each = torch.stack([each[:, max(0, j - half) : j + half + 1].amax(1) for j in range(n)], 1)
-        total = {"mean": each.mean(0), "max": each.amax(0), "sum": each.sum(0)}[spec.group]
-        total[: spec.sink] = total[n - spec.recent :] = float("inf")
-        scores[head] = total
-        budget = float(spec.budget[layer, head])
-        count = min(n, max(1, round(budget * n) if budget <= 1 else int(budget)))
-        found[head] = sorted(sorted(range(n), key=lambda j: float(total[j]))[n - count :])
-    if spec.spread == "layer" and spec.floor == 0:
-        common = sum(len(positions) for positions in found.values())
-        best = sorted(((float(s[j]), h, j) for h, s in scores.items() for j in range(n)), reverse=True)[:common]
-        found = {h: sorted(j for _, owner, j in best if owner == h) for h in scores}
-    return found
+    each = [row for row in range(tokens) if row == run.start[row] or (run.strict and row >= run.prompt)]
+    if run.strict and selecting.spec.when != "step":
+        each = [row for row in range(tokens) if row == run.start[row]]
+    calls = [(low, high - low) for low, high in zip(each, [*each[1:], tokens], strict=True)]
+    return selecting.run(calls, run.prompt, run.prompt_length or run.prompt)
 
 
 def _order(run: _Run, chosen: list[int] | None, tokens: int) -> list[int]:

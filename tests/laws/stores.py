@@ -1,4 +1,4 @@
-"""Stores that no method makes: every transform, codec and residual, small enough for models with heads of 8 channels."""
+"""Stores that no method makes: every transform, codec and residual, small enough for heads of 8 channels."""
 
 from __future__ import annotations
 
@@ -78,6 +78,6 @@ def stored(model: Model, name: str, *, sink: int = 1, recent: int = 3, block: in
     return Plan(name, model.fingerprint, store=store, **slots)
 
 
-NAMES = ["four-bits", "two-bits", "three-bits-rotated", "before-rope", "low-rank", "channels", "tables", "signs", "ternary",
-         "residuals", "eight-bit-floats", "mixed"]  # fmt: skip
+NAMES = ["four-bits", "two-bits", "three-bits-rotated", "before-rope", "low-rank", "channels", "tables", "signs",
+         "ternary", "residuals", "eight-bit-floats", "mixed"]  # fmt: skip
 PAIRED = ["joined", "joined-direct"]  # where the number of KV heads is even

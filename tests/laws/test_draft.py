@@ -21,6 +21,8 @@ from kvtool.plan import Plan
 from kvtool.slots import Keep, Read, Select
 from kvtool.speculate import Outcome, speculate
 from tests import models
+from tests.laws import readings
+from tests.laws import test_compositions as compositions
 from tests.laws.methods import ragged
 from tests.laws.stores import NAMES, stored
 from tests.models import random_ids
@@ -98,6 +100,18 @@ def test_greedy_tokens_are_the_full_caches(architecture: str, name: str) -> None
         assert outcome.tokens_per_pass == 4.0
 
 
+@pytest.mark.parametrize("name", [*readings.CASES, "across-layers", "selection"])
+def test_any_plan_drafts(name: str) -> None:
+    """Whatever a layer remembers of the drafted tokens, or leaves to another layer, is no longer there afterwards."""
+    model = models.double("llama")
+    others = {"across-layers": compositions.across_layers, "selection": compositions.selection}
+    made = others[name](model) if name in others else readings.reading(model, name)
+    ids = random_ids(1, 24)
+    full, draft = filled(model, None, ids), filled(model, made, ids)
+    outcome = speculate(model, full, draft, ids[:, -1:], 40)
+    assert outcome.tokens[0].tolist() == greedy("llama", 120)[:40]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_greedy_tokens_in_single_precision(architecture: str) -> None:
     """A near tie may part the two, and is reported where they part; nothing else may."""
@@ -165,7 +179,7 @@ def test_kept_tokens_are_held_as_decoded_ones(name: str) -> None:
             close(x, y)
 
 
-VOCABULARY, SHORT, RUNS = 6, 3, 600
+VOCABULARY, SHORT, RUNS = 6, 3, 900
 
 
 @functools.cache
@@ -208,7 +222,7 @@ def p_value(temperature: float, tokens: int) -> float:
     return float(chisquare([*counts, RUNS - sum(counts)], [*expected, RUNS - sum(expected)]).pvalue)
 
 
-@pytest.mark.parametrize(("temperature", "tokens"), [(1.0, 2), (0.6, 1)])
+@pytest.mark.parametrize(("temperature", "tokens"), [(1.0, 2), (0.5, 1)])
 def test_sampled_tokens_have_the_full_caches_law(temperature: float, tokens: int) -> None:
     assert p_value(temperature, tokens) > 1e-3
 
@@ -225,7 +239,7 @@ def test_another_residual_would_be_found_out(monkeypatch: pytest.MonkeyPatch) ->
         return out
 
     monkeypatch.setattr(speculation, "verify", wrong)
-    assert p_value(1.0, 2) < 1e-6
+    assert p_value(0.5, 2) < 1e-6
 
 
 def test_two_symbols() -> None:

@@ -5,6 +5,7 @@ In fp64, where cache and reference agree so closely that they rank units alike.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -26,10 +27,10 @@ from tests.models import random_ids
 from tests.running import feed, left_padded, own
 from tests.tolerance import close, error, same
 
-IDS = random_ids(1, 38, seed=2)
-CHUNKS = [15, 6, *[1] * 9, 2, *[1] * 6]
+IDS = random_ids(1, 32, seed=2)
+CHUNKS = [13, 6, *[1] * 6, 2, *[1] * 5]
 PLACES = [("llama", name) for name in CASES]
-PLACES += [(model, name) for model in ("gemma2", "gemma3", "gpt-neox") for name in ("minmax", "wave", "own-jumps")]
+PLACES += [(model, name) for model in ("gemma2", "gemma3", "gpt-neox") for name in ("wave", "own-jumps")]
 EACH = pytest.mark.parametrize(("architecture", "name"), PLACES)
 
 
@@ -40,6 +41,7 @@ def fed(model: Model, made: Plan, ids: torch.Tensor, chunks: list[int], protocol
 @pytest.mark.parametrize("protocol", ["official", "strict"])
 @EACH
 def test_the_dense_reference(architecture: str, name: str, protocol: str) -> None:
+    """Under the strict protocol it knows of no chunks: prefill is decode."""
     model = models.double(architecture)
     made = reading(model, name)
     expected = dense(model, IDS[0], made, CHUNKS, strict=protocol == "strict")
@@ -56,24 +58,16 @@ def test_a_budget_of_everything_is_dense(name: str) -> None:
     close(fed(model, made, IDS, CHUNKS), own(model, IDS))
 
 
-@pytest.mark.parametrize("chunks", [[38], [9, 13, 16]], ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_strict_prefill_is_decode(name: str, chunks: list[int]) -> None:
-    model = models.double("llama")
-    made = reading(model, name)
-    close(fed(model, made, IDS, chunks, "strict"), fed(model, made, IDS, [1] * 38, "strict"), torch.float32)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_rows_do_not_see_each_other(name: str) -> None:
     """Nor their padding: every row, whose choices fall due at steps of its own, is what it is alone."""
     model = models.double("llama")
-    made, rows = reading(model, name), [random_ids(1, length, seed=at)[0] for at, length in enumerate((31, 31, 18, 6))]
+    made, rows = reading(model, name), [random_ids(1, length, seed=at)[0] for at, length in enumerate((27, 27, 16, 6))]
     ids, mask = left_padded(rows)
     cache = SegmentCache(model, made)
-    together = feed(model, cache, ids, [17, 5, *[1] * 9], mask=mask)
+    together = feed(model, cache, ids, [15, 5, *[1] * 7], mask=mask)
     for index, row in enumerate(rows):
-        prompt, padding, chunks = [17, 5], 31 - len(row), []
+        prompt, padding, chunks = [15, 5], 27 - len(row), []
         for chunk in prompt:
             chunks += [chunk - padding] if chunk > padding else []
             padding = max(0, padding - chunk)
@@ -102,12 +96,16 @@ def test_rows_can_be_selected_and_repeated(name: str) -> None:
     close(torch.cat(after, dim=1), expected[order], torch.float32)
 
 
-@pytest.mark.parametrize("store", ["two-bits", "before-rope", "residuals", "joined", "mixed"])
-@pytest.mark.parametrize("name", ["minmax", "keys", "wave", "followed", "slow"])
-def test_a_coded_bulk(name: str, store: str) -> None:
-    """Summaries are of entries as they came; what is read is what the store gives back."""
+@pytest.mark.parametrize("store", ["two-bits", "before-rope", "joined", "mixed"])
+@pytest.mark.parametrize(
+    ("name", "unit"), [("minmax", 4), ("minmax", 8), ("own-jumps", 8), ("wave", 8), ("followed", 8), ("slow", 8)]
+)
+def test_a_coded_bulk(name: str, unit: int, store: str) -> None:
+    """Summaries are of entries as they came; what is read is what the store gives back, by whole blocks or not."""
     model = models.double("llama")
-    made = replace(reading(model, name), store=stored(model, store).store)
+    made = reading(model, name)
+    assert made.read is not None
+    made = replace(made, read=replace(made.read, unit=unit), store=stored(model, store).store)
     expected = dense(model, IDS[0], made, CHUNKS)
     close(fed(model, made, IDS, CHUNKS)[0], expected, torch.float32)
 
@@ -133,20 +131,26 @@ def test_the_allocator_follows(name: str) -> None:
     assert all(buffer.untyped_storage().nbytes() == buffer.nbytes for buffer in held)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["channels", "low-rank", "followed", "own-jumps"])
 def test_round_trip(name: str, tmp_path) -> None:
     model = models.shared("llama")
     made = reading(model, name)
     same(fed(model, plans.read(made.write(str(tmp_path / "plan"))), IDS, CHUNKS), fed(model, made, IDS, CHUNKS))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e4], ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_zero_and_huge_keys(name: str, scale: float) -> None:
+@functools.cache
+def scaled(scale: float) -> Model:
     model = models.build("llama")
     for layer in model.network.model.layers:
         layer.self_attn.k_proj.weight *= scale
-    assert bool(torch.isfinite(fed(model, reading(model, name), random_ids(2, 38), CHUNKS)).all())
+    return model
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_zero_and_huge_keys(name: str, scale: float) -> None:
+    model = scaled(scale)
+    assert bool(torch.isfinite(fed(model, reading(model, name), IDS, [26, *[1] * 6])).all())
 
 
 def test_owners_that_do_not_hold_what_their_followers_hold_are_refused() -> None:

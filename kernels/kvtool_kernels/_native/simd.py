@@ -18,9 +18,9 @@ from numba.core.extending import intrinsic, register_model
 
 LANES = 16
 FP32, FP16, BF16 = 0, 1, 2
-_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
+_FLOAT = ir.FloatType()
 _BYTE, _SHORT, _INT, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_SIZES = {_BYTE: 1, _SHORT: 2, _HALF: 2, _FLOAT: 4, _LONG: 8}
+_SIZES = {_BYTE: 1, _SHORT: 2, _FLOAT: 4, _LONG: 8}
 _Builder: TypeAlias = ir.IRBuilder
 _operation: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
 
@@ -67,19 +67,30 @@ def _fma(builder: _Builder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     return _call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
+def _half(builder: _Builder, bits: ir.Value, wide: ir.Type, result: ir.Type) -> ir.Value:
+    """The bits of fp16 as fp32, without the conversion that not every processor has: move the exponent, rescale it."""
+    magnitude = builder.shl(builder.and_(bits, _constant(0x7FFF, wide)), _constant(13, wide))
+    scaled = builder.fmul(builder.bitcast(magnitude, result), _constant(2.0**112, result))
+    special = builder.icmp_unsigned(">=", magnitude, _constant(0x7C00 << 13, wide))  # infinities and NaN
+    exponent = builder.select(special, _constant(0x7F800000, wide), _constant(0, wide))
+    sign = builder.shl(builder.and_(bits, _constant(0x8000, wide)), _constant(16, wide))
+    return builder.bitcast(builder.or_(builder.or_(builder.bitcast(scaled, wide), exponent), sign), result)
+
+
 @_operation
 def load(typing: Any, kind: Any, lanes: Any, address: Any, index: Any) -> Any:
     """`lanes` numbers from `index` on, as fp32; `kind` is FP32, FP16 or BF16."""
-    vector = Vector(lanes.literal_value)
-    element = {FP32: _FLOAT, FP16: _HALF, BF16: _SHORT}[kind.literal_value]
+    vector, dtype = Vector(lanes.literal_value), kind.literal_value
 
     def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
         result, wide = ir.VectorType(_FLOAT, vector.lanes), ir.VectorType(_INT, vector.lanes)
-        pointer = _at(builder, given[2], given[3], element, ir.VectorType(element, vector.lanes))
-        found = builder.load(pointer, align=4 if element is _FLOAT else 2)
-        if element is _SHORT:
-            return builder.bitcast(builder.shl(builder.zext(found, wide), _constant(16, wide)), result)
-        return found if element is _FLOAT else builder.fpext(found, result)
+        if dtype == FP32:
+            return builder.load(_at(builder, given[2], given[3], _FLOAT, result), align=4)
+        short = _at(builder, given[2], given[3], _SHORT, ir.VectorType(_SHORT, vector.lanes))
+        bits = builder.zext(builder.load(short, align=2), wide)
+        if dtype == BF16:
+            return builder.bitcast(builder.shl(bits, _constant(16, wide)), result)
+        return _half(builder, bits, wide, result)
 
     return vector(kind, lanes, address, index), generate
 

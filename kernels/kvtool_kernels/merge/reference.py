@@ -2,7 +2,8 @@
 
     lse = log(exp(lse1) + exp(lse2));   out = exp(lse1 − lse) · out1 + exp(lse2 − lse) · out2
 
-Exact, associative, commutative, with neutral element (0, −inf). Arithmetic is fp32 at least, whatever the outputs' dtype.
+Exact, associative, commutative, with neutral element (0, −inf). Arithmetic is fp32 at least, whatever the outputs'
+dtype.
 """
 
 from __future__ import annotations

@@ -1,19 +1,32 @@
-"""What a scoring rule is given. A rule is a file with `score(view) -> Tensor`, higher for entries worth keeping: fp32
-[B,H,S] if it looks at queries (the pipeline reduces the GQA group), [B,K,S] if it does not.
+"""What a scoring rule is given, and the stages that rules share.
+
+A rule is a file with `QUERIES`, which says whether it looks at queries, and `score(view) -> Tensor`, higher for entries
+worth keeping: fp32 [B,H,S] if it does (the pipeline reduces the GQA group), [B,K,S] if it does not.
+
+    p_ij = softmax_j(scale · q_i · k_j / τ) over the entries that query i sees;   s_j = reduce_i f(p_ij)
+
+Queries come a block at a time, so no N×S matrix is held.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from kvtool.slots import Select
+
+BLOCK = 64  # query rows at a time
+Noise = Callable[[torch.Size], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class View:
-    """k, v [B,K,S,D] post-RoPE at positions 0 … S−1; q [B,H,N,D] the observed queries, which stand at `rows` int64 [N].
+    """k, v [B,K,S,D] post-RoPE, the entries held, in order; q [B,H,N,D] the observed queries, which stand at the places
+    `rows` int64 [N] among them. A query sees entries up to its own place.
 
-    A query sees entries up to its own position.
+    layer, heads: where the K heads are in the model; turn: how often these entries were scored before.
     """
 
     q: torch.Tensor
@@ -22,9 +35,57 @@ class View:
     v: torch.Tensor
     scale: float
     softcap: float | None
-    seed: int
+    spec: Select
+    layer: int
+    heads: list[int]
+    turn: int = 0
 
     @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    def draws(self) -> list[torch.Generator]:
+        """A source of noise per KV head, which depends neither on the batch nor on how heads share lanes."""
+        seeds = [((self.spec.seed * 4096 + self.layer) * 4096 + head) * 2**20 + self.turn for head in self.heads]
+        return [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+
+
+def probabilities(view: View, noise: Noise | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A block of the observed queries at a time: their places [n], and p [B,H,n,S], 0 where nothing is seen.
+
+    noise: what is added to a block's logits, given their shape."""
+    keys = wide(view.k).repeat_interleave(view.group, 1).transpose(-1, -2)
+    columns = torch.arange(view.k.shape[2], device=view.k.device)
+    heat = view.spec.temperature + view.spec.warming * view.turn
+    for low in range(0, view.q.shape[2], BLOCK):
+        rows = view.rows[low : low + BLOCK]
+        logits = view.scale * (wide(view.q[:, :, low : low + BLOCK]) @ keys)
+        if view.softcap is not None:
+            logits = view.softcap * torch.tanh(logits / view.softcap)
+        if noise is not None:
+            logits = logits + noise(logits.shape).to(logits)
+        yield rows, torch.softmax((logits / heat).masked_fill(columns > rows[:, None], float("-inf")), -1)
+
+
+def reduced(view: View, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Blocks [B,H,n,S] of all observed queries, 0 where nothing is seen → [B,H,S], as `Select.reduce` says."""
+    spec, total, squares, best = view.spec, None, None, None
+    for p in blocks:
+        total = p.sum(2) if total is None else total + p.sum(2)
+        if spec.variance:
+            squares = p.square().sum(2) if squares is None else squares + p.square().sum(2)
+        if spec.reduce == "max":
+            best = p.amax(2) if best is None else torch.maximum(best, p.amax(2))
+    assert total is not None
+    columns = torch.arange(view.k.shape[2], device=total.device)
+    seen = (view.rows[:, None] >= columns).sum(0).clamp_min(1)
+    out = best if best is not None else total / seen if spec.reduce == "mean" else total
+    if squares is not None:
+        out = out + spec.variance * (squares - total.square() / seen).clamp_min(0) / (seen - 1).clamp_min(1)
+    return out
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Scores are fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.scores._base import View
+from kvtool.cache.scores._base import View, wide
+
+QUERIES = False
 
 
 def score(view: View) -> torch.Tensor:
-    return -view.k.float().norm(dim=-1)
+    return -wide(view.k).norm(dim=-1)

@@ -1,4 +1,4 @@
-"""Seeded noise: the control that any rule must beat. [B,K,S] fp32."""
+"""Seeded noise: the control that any rule must beat. The same for every row of a batch. [B,K,S] fp32."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 
 from kvtool.cache.scores._base import View
 
+QUERIES = False
+
 
 def score(view: View) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(view.seed)
-    return torch.rand(view.k.shape[:3], generator=draw).to(view.k.device)
+    each = [torch.rand(view.k.shape[2], generator=draw) for draw in view.draws()]
+    return torch.stack(each).expand(view.k.shape[:3]).to(view.k.device)

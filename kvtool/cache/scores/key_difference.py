@@ -1,0 +1,20 @@
+"""How little the key resembles the mean direction of all keys: the unlike ones are kept.
+
+    s_j = −cos(k_j, mean_i k_i / ‖k_i‖)      (KeyDiff: Park et al., arXiv 2504.15364)
+
+[B,K,S] fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool.cache.scores._base import View, wide
+
+QUERIES = False
+
+
+def score(view: View) -> torch.Tensor:
+    keys = wide(view.k)
+    mean = torch.nn.functional.normalize(keys, dim=-1).mean(2, keepdim=True)
+    return -torch.nn.functional.cosine_similarity(keys, mean, dim=-1)

@@ -1,0 +1,19 @@
+"""Attention probability times the size of the value: attention to a value near zero moves nothing.
+
+    s_j = reduce_i p_ij · ‖v_j‖₁      (VATP: Guo et al., arXiv 2406.12335)
+
+The norm is of the value as cached, before the output projection. [B,H,S] fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool.cache.scores._base import View, probabilities, reduced, wide
+
+QUERIES = True
+
+
+def score(view: View) -> torch.Tensor:
+    size = wide(view.v).abs().sum(-1).repeat_interleave(view.group, 1)[:, :, None]
+    return reduced(view, (p * size for _, p in probabilities(view)))

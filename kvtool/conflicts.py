@@ -1,0 +1,93 @@
+"""What the slots of one plan may not say together: one rule, one function. It knows slots, not methods.
+
+A rule returns what is wrong and what to do, or None. `check` raises InputError with the first that is broken.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvtool.errors import InputError
+from kvtool.slots import RAW
+
+if TYPE_CHECKING:
+    from kvtool.plan import Plan
+
+Conflict = tuple[str, str] | None
+
+
+def check(plan: Plan) -> None:
+    """Raise InputError when slots contradict one another, or an encoding does not fit the model's heads."""
+    if plan.store is not None:
+        plan.store.check(plan.model["kv_heads"], plan.model["head_dim"])
+    if plan.read is not None:
+        plan.read.check(plan.keep)
+    for rule in (counted, across_layers, across_layers_read, across_heads, step_by_step):
+        conflict = rule(plan)
+        if conflict is not None:
+            raise InputError(conflict[0], remedy=conflict[1])
+
+
+def counted(plan: Plan) -> Conflict:
+    """Counts of merged entries are known to raw entries only."""
+    select = None if plan.keep is None else plan.keep.select
+    if select is None or not select.count or not (plan.slots["store"] or plan.slots["read"]):
+        return None
+    return (
+        "entries stand for several, and say so in their logits, but what is encoded or chosen has no count",
+        "compose with a plan that holds and reads entries as they are, or merge without count",
+    )
+
+
+def across_layers(plan: Plan) -> Conflict:
+    """Layers that are written as one must hold the same entries."""
+    if plan.store is None or plan.store.span == 1:
+        return None
+    whole = torch.tensor([window is None for window in plan.model["windows"]])
+    if plan.keep is not None:
+        whole &= plan.keep.full.all(1) & (plan.keep.select is None)
+    broken = ((plan.store.index != RAW).any(1) & ~whole).nonzero().flatten().tolist()
+    if not broken:
+        return None
+    return (
+        f"layers are written as one across heads, but heads of layer {broken[0]} drop entries of their own",
+        "compose with a plan that keeps every entry, or stores layers apart",
+    )
+
+
+def across_layers_read(plan: Plan) -> Conflict:
+    """Layers that are written as one are read as one."""
+    if plan.store is None or plan.store.span == 1 or not plan.slots["read"]:
+        return None
+    return (
+        "layers that are written as one cannot each choose what they read",
+        "compose with a plan that reads everything, or stores layers apart",
+    )
+
+
+def across_heads(plan: Plan) -> Conflict:
+    """KV heads that a transform joins must hold the same entries."""
+    if plan.store is None or plan.keep is None:
+        return None
+    for layer, used in enumerate(plan.store.index):
+        numbers = [number for number in used.unique().tolist() if number != RAW]
+        joined = any(max(plan.store.keys[n].joined, plan.store.values[n].joined) > 1 for n in numbers)
+        if joined and plan.keep.ragged(layer):
+            return (
+                f"layer {layer}: entries are stored across heads, but each head keeps entries of its own",
+                "compose with a plan that keeps the same entries in every head, or stores heads apart",
+            )
+    return None
+
+
+def step_by_step(plan: Plan) -> Conflict:
+    """Blocks are never written again, so nothing can be taken out of them."""
+    select = None if plan.keep is None else plan.keep.select
+    if select is None or select.when != "step" or not plan.slots["store"]:
+        return None
+    return (
+        "entries are evicted one by one at every step, but they are stored in blocks that are never written again",
+        "compose with a plan that evicts once, after the prompt",
+    )

@@ -1,0 +1,248 @@
+"""The definition of what a score selects, entry by entry; part of `reference.py`.
+
+One `Entry` is one key and value of one KV head. Calls of the network follow one another as the cache sees them; after
+each one, scores are written out for one query at a time, and lists are sorted. It shares nothing with the package but
+the plan. Selections that layers make together (spread "model") cannot be had from one pass and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kvtool.slots import Select
+
+Move = Callable[[torch.Tensor, int, int], torch.Tensor]  # a key [D], from a position, to a position
+
+
+@dataclass
+class Entry:
+    """row: the token it came from; place: where its key stands; number: how many entries it stands for."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    row: int
+    place: int
+    score: float = 0.0
+    number: float = 1.0
+
+
+Held = list[list[Entry]]  # by KV head
+
+
+class Selecting:
+    """One layer. q [H,T,D], k and v [K,T,D]; `calls` are (first row, rows); the prompt has `prompt` rows."""
+
+    def __init__(
+        self, spec: Select, layer: int, q: Any, k: Any, v: Any, scale: float, softcap: float | None, move: Move | None
+    ):
+        self.spec, self.layer, self.q, self.k, self.v = spec, layer, q.double(), k.double(), v.double()
+        self.scale, self.softcap, self.move = scale, softcap, move
+        self.group = len(q) // len(k)
+        self.limits: list[int] | None = None
+
+    def run(self, calls: list[tuple[int, int]], prompt: int, prompt_length: int) -> dict[tuple[int, int], list[Entry]]:
+        """(KV head, row) → the entries that the row sees."""
+        spec, seen, pending = self.spec, {}, []
+        held: Held = [[] for _ in self.k]
+        if spec.when == "chunk":
+            self.limits = self._budgets(prompt_length)
+        for first, count in calls:
+            if first == prompt and spec.when != "chunk":
+                held = self._evict(held, pending, at_end=True)
+            if first == prompt:
+                pending = []
+            rows = range(first, first + count)
+            for head, entries in enumerate(held):
+                new = [Entry(self.k[head, row], self.v[head, row], row, row) for row in rows]
+                for row in rows:
+                    seen[head, row] = [replace(e) for e in [*entries, *new[: row - first + 1]]]
+                entries += new
+            pending += rows
+            if (spec.when == "chunk" and first < prompt) or (spec.when == "step" and first >= prompt):
+                held, pending = self._evict(held, pending, at_end=False), []
+        return seen
+
+    def chosen(self, prompt: int) -> dict[int, list[int]]:
+        """KV head → the rows whose entries stay when the prompt is over."""
+        held = [[Entry(k, v, row, row) for row, (k, v) in enumerate(zip(*s, strict=True))]
+                for s in zip(self.k[:, :prompt], self.v[:, :prompt], strict=True)]  # fmt: skip
+        kept = self._evict(held, list(range(prompt)), at_end=True)
+        return {head: [e.row for e in entries] for head, entries in enumerate(kept)}
+
+    def _budgets(self, entries: int) -> list[int]:
+        return [max(1, round(b * entries)) if b <= 1 else int(b) for b in self.spec.budget[self.layer].tolist()]
+
+    def _evict(self, held: Held, pending: list[int], *, at_end: bool) -> Held:
+        spec, n = self.spec, len(held[0])
+        for entries, scores in zip(held, self._scores(held, pending), strict=True):
+            for e, s in zip(entries, scores, strict=True):
+                e.score = max(spec.decay * e.score, s) if spec.reduce == "max" else spec.decay * e.score + s
+                if not self.looks:
+                    e.score = s
+        if spec.alike:
+            for column in zip(*held, strict=True):
+                mean = sum(e.score for e in column) / len(column)
+                for e in column:
+                    e.score = mean
+        recent = max(spec.recent, 0 if at_end or spec.when != "step" else 1)
+        sure = [[at < spec.sink or at >= len(entries) - recent for at in range(len(entries))] for entries in held]
+        limits = self.limits if self.limits is not None else self._dealt(held, sure, self._budgets(n))
+        if at_end and spec.when == "step":
+            self.limits = limits
+        return [self._kept(*both, limit) for both, limit in zip(zip(held, sure, strict=True), limits, strict=True)]
+
+    # scores
+
+    looks = True
+
+    def _scores(self, held: Held, pending: list[int]) -> list[list[float]]:
+        spec, out = self.spec, []
+        self.looks = spec.score not in ("key-norm", "key-difference")
+        for head, entries in enumerate(held):
+            if self.looks:
+                each = [self._reduced(head * self.group + g, entries, pending) for g in range(self.group)]
+            else:
+                each = [self._of_keys(entries)]
+            n, half = len(entries), spec.kernel // 2
+
+            def pool(line: list[float], n: int = n, half: int = half) -> list[float]:
+                near = [line[max(0, j - half) : j + half + 1] for j in range(n)]
+                if spec.pool == "none":
+                    return line
+                return [max(x) for x in near] if spec.pool == "max" else [sum(x) / spec.kernel for x in near]
+
+            if not spec.group_first:
+                each = [pool(line) for line in each]
+            columns = list(zip(*each, strict=True))
+            total = [
+                {"mean": sum(column) / len(column), "max": max(column), "sum": sum(column)}[spec.group]
+                for column in columns
+            ]
+            out.append(pool(total) if spec.group_first else total)
+        return out
+
+    def _rows(self, pending: list[int]) -> list[int]:
+        if self.spec.observe == "last":
+            return pending[-self.spec.observed :]
+        if self.spec.observe == "all":
+            return pending
+        count = max(1, round(0.05 * len(pending)))
+        draw = torch.Generator().manual_seed(self.spec.seed)
+        others = torch.randperm(len(pending) - count, generator=draw)[:count].tolist()
+        return [pending[at] for at in sorted(others)] + pending[-count:]
+
+    def _reduced(self, head: int, entries: list[Entry], pending: list[int]) -> list[float]:
+        spec, paid = self.spec, [[] for _ in entries]
+        for row in self._rows(pending):
+            visible = [at for at, e in enumerate(entries) if e.row <= row]
+            logits = [self.scale * float(self.q[head, row] @ entries[at].k) for at in visible]
+            if self.softcap is not None:
+                logits = [self.softcap * math.tanh(x / self.softcap) for x in logits]
+            p = torch.softmax(torch.tensor(logits, dtype=torch.float64) / spec.temperature, 0).tolist()
+            for at, share in zip(visible, p, strict=True):
+                if spec.score == "value-attention":
+                    share *= float(entries[at].v.abs().sum())
+                if spec.score == "above-average":
+                    share = float(share >= 1 / len(visible))
+                paid[at].append(share)
+        out = []
+        for line in paid:
+            line = line or [0.0]
+            mean = sum(line) / len(line)
+            score = {"mean": mean, "sum": sum(line), "max": max(line)}[spec.reduce]
+            spread = sum((x - mean) ** 2 for x in line) / max(1, len(line) - 1)
+            out.append(score + spec.variance * spread)
+        return out
+
+    def _of_keys(self, entries: list[Entry]) -> list[float]:
+        if self.spec.score == "key-norm":
+            return [-float(e.k.norm()) for e in entries]
+        mean = sum(e.k / e.k.norm() for e in entries) / len(entries)
+        return [-float(e.k @ mean / e.k.norm() / mean.norm()) for e in entries]
+
+    # budget
+
+    def _dealt(self, held: Held, sure: list[list[bool]], budgets: list[int]) -> list[int]:
+        spec, limits = self.spec, []
+        fixed = [sum(flags) for flags in sure]
+        own = [max(0, b - f) for b, f in zip(budgets, fixed, strict=True)]
+        rivals = [(e.score, head, at) for head, entries in enumerate(held) for at, e in enumerate(entries)
+                  if not sure[head][at]]  # fmt: skip
+        best = sorted(rivals, reverse=True)[: sum(own)]
+        for head, entries in enumerate(held):
+            limit = budgets[head]
+            if spec.spread == "layer" and sum(own) < len(rivals):
+                count = sum(owner == head for _, owner, _ in best)
+                limit = max(1, fixed[head] + round(count * (1 - spec.floor)) + int(own[head] * spec.floor))
+            free = sorted((max(0.0, e.score) for e, s in zip(entries, sure[head], strict=True) if not s), reverse=True)
+            if spec.mass:
+                mass = sum(max(0.0, e.score) for e in entries)
+                counts = range(len(free) + 1)
+                need = next((c for c in counts if mass - sum(free[c:]) >= spec.mass * mass), len(free))
+                limit = min(limit, max(1, fixed[head] + need))
+            if spec.least:
+                limit = min(limit, max(1, fixed[head] + sum(s >= spec.least for s in free)))
+            limits.append(limit)
+        return limits
+
+    # what becomes of the entries
+
+    def _kept(self, entries: list[Entry], sure: list[bool], limit: int) -> list[Entry]:
+        if len(entries) <= limit:
+            return entries
+        order = sorted(range(len(entries)), key=lambda at: (sure[at], entries[at].score, at), reverse=True)
+        kept = sorted(order[:limit])
+        dropped = [at for at in range(len(entries)) if at not in kept]
+        out = [replace(entries[at]) for at in kept]
+        if self.spec.merge != "drop":
+            self._merge(out, kept, [(at, entries[at]) for at in dropped])
+        if self.move is not None:
+            end = entries[-1].place + 1
+            for at, e in enumerate(out):
+                target = end - len(out) + at
+                e.k, e.place = self.move(e.k, e.place, target), target
+        return out
+
+    def _merge(self, out: list[Entry], places: list[int], dropped: list[tuple[int, Entry]]) -> None:
+        spec, survivors = self.spec, [replace(e) for e in out]
+
+        def cosine(e: Entry, u: Entry) -> float:
+            return float(e.k @ u.k / e.k.norm() / u.k.norm())
+
+        owners = []
+        for at, e in dropped:
+            if spec.merge == "nearest":
+                owners.append(max(range(len(out)), key=lambda u, e=e: cosine(e, survivors[u])))
+            else:
+                owners.append(min(range(len(out)), key=lambda u, at=at: abs(places[u] - at)))
+        likeness = [cosine(e, survivors[u]) for (_, e), u in zip(dropped, owners, strict=True)]
+        least = sum(likeness) / len(likeness) if spec.threshold is None else spec.threshold
+        for u, survivor in enumerate(survivors):
+            joined = [(e, c) for (_, e), o, c in zip(dropped, owners, likeness, strict=True) if o == u and c >= least]
+            if not joined:
+                continue
+            apart = [float((e.k - survivor.k).norm()) for e, _ in joined]
+            sigma = sum(d * e.number for d, (e, _) in zip(apart, joined, strict=True)) / sum(
+                e.number for e, _ in joined
+            )
+            weights = {
+                "equal": [e.number for e, _ in joined],
+                "cosine": [c * e.number for e, c in joined],
+                "gaussian": [
+                    (math.exp(-(d**2) / 2 / sigma**2) if sigma else 1.0) * e.number
+                    for d, (e, _) in zip(apart, joined, strict=True)
+                ],
+            }[spec.weigh]
+            number = survivor.number + sum(e.number for e, _ in joined)
+            divisor = number if spec.weigh == "cosine" else survivor.number + sum(weights)
+            for side in ("k", "v"):
+                total = survivor.number * getattr(survivor, side)
+                total = total + sum(w * getattr(e, side) for w, (e, _) in zip(weights, joined, strict=True))
+                setattr(out[u], side, total / divisor)
+            if spec.count:
+                out[u].number = number

@@ -1,0 +1,63 @@
+"""Selections that no method makes: every observation, reduction, pool, budget, hook, merge and position policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvtool.model import Model
+from kvtool.plan import Plan
+from kvtool.slots import Keep, Select
+
+CASES: dict[str, dict[str, Any]] = {
+    "last": dict(observed=4, recent=2),
+    "probes": dict(observe="probes", seed=3),
+    "all": dict(observe="all", reduce="sum", sink=1),
+    "largest": dict(observe="all", reduce="max", temperature=2.0),
+    "variance": dict(observed=5, variance=20.0, pool="mean", kernel=5),
+    "pooled-groups": dict(observed=3, pool="max", kernel=3, group="max", group_first=True),
+    "grouped-pools": dict(observed=3, pool="max", kernel=3, group="max"),
+    "summed": dict(observed=3, pool="mean", kernel=3, group="sum"),
+    "alike": dict(observed=4, alike=True, share=(0.3, 0.5, 7.0)),
+    "values": dict(score="value-attention", observed=6),
+    "counts": dict(score="above-average", observe="all"),
+    "norms": dict(score="key-norm", recent=2),
+    "unlike-keys": dict(score="key-difference", sink=1, pool="mean", kernel=3),
+    "layer": dict(observed=4, spread="layer", recent=1),
+    "floor": dict(observed=4, spread="layer", floor=0.4, sink=1, recent=2),
+    "mass": dict(observe="all", reduce="sum", mass=0.8, share=(1.0, 0.5, 0.3)),
+    "mass-alike": dict(observed=4, mass=0.6, alike=True),
+    "layer-mass": dict(observed=4, mass=0.7, spread="layer", recent=1),
+    "least": dict(observed=4, reduce="max", least=0.1, share=(1.0, 0.6, 0.4)),
+    "step-sum": dict(observe="all", reduce="sum", when="step", recent=3),
+    "step-newest": dict(observed=1, when="step", decay=0.0, sink=1),
+    "step-decay": dict(observe="all", when="step", decay=0.7, share=(12.0, 3.0, 0.4)),
+    "step-norms": dict(score="key-norm", when="step", recent=1),
+    "step-layer": dict(observed=4, when="step", spread="layer", decay=0.0, pool="mean", kernel=3),
+    "step-pooled": dict(observed=4, when="step", reduce="max", alike=True),
+    "chunk": dict(observe="all", reduce="sum", when="chunk", share=(9.0, 6.0, 0.3)),
+    "chunk-newest": dict(observed=3, when="chunk", decay=0.0, recent=2, sink=1),
+    "merge": dict(observed=4, merge="nearest", recent=1),
+    "merge-some": dict(observed=4, merge="nearest", threshold=None, weigh="cosine"),
+    "merge-count": dict(observed=4, merge="nearest", threshold=-1.0, weigh="gaussian", count=True),
+    "neighbours": dict(observed=4, merge="neighbour", threshold=-1.0, count=True),
+    "step-merge": dict(observe="all", when="step", merge="nearest", count=True, threshold=0.3),
+    "chunk-merge": dict(observed=4, when="chunk", merge="neighbour", weigh="gaussian", threshold=-1.0, count=True),
+    "reindex": dict(observed=4, position="reindex"),
+    "step-reindex": dict(observe="all", when="step", recent=3, position="reindex"),
+    "chunk-reindex": dict(observed=4, when="chunk", spread="head", position="reindex", merge="nearest"),
+}
+
+
+def selecting(model: Model, name: str, share: float = 0.4, **changes: Any) -> Plan:
+    """A plan that keeps by one of the cases, of a budget `share` unless the case has its own; 4 layers at most."""
+    g, options = model.geometry, CASES[name] | changes
+    shares = torch.tensor(options.pop("share", (share,) * 4))
+    shares = torch.nn.functional.pad(shares, (0, 4 - len(shares)), value=share)[: g.layers]
+    position = options.pop("position", "original")
+    select = Select(shares[:, None].repeat(1, g.kv_heads), **options)
+    everything = torch.ones(g.layers, g.kv_heads)
+    return Plan(
+        name, model.fingerprint, keep=Keep.heads(everything, sink=0, recent=1, select=select, position=position)
+    )

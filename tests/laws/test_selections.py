@@ -1,0 +1,215 @@
+"""The laws over every kind of selection, with plans that no method makes (`selections.py`).
+
+In fp64, where cache and reference must agree so closely that scores cannot change places.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from kvtool import plan as plans
+from kvtool.cache.segment_cache import SegmentCache
+from kvtool.errors import InputError
+from kvtool.model import Model
+from kvtool.plan import Plan
+from tests import models
+from tests.laws.reference import dense
+from tests.laws.selections import CASES, selecting
+from tests.laws.stores import stored
+from tests.laws.test_bytes import grown
+from tests.models import random_ids
+from tests.running import feed, left_padded, own
+from tests.tolerance import close, error, same
+
+PROMPT = 20
+IDS = random_ids(1, 30, seed=2)
+CHUNKS = [12, 8, *[1] * 5, 3, 1, 1]
+RAGGED = ["layer", "mass", "least", "layer-mass", "mass-alike", "step-layer"]
+EACH = pytest.mark.parametrize("name", CASES)
+
+
+def run(model: Model, made: Plan, ids: torch.Tensor, chunks: list[int], **options) -> torch.Tensor:
+    return feed(model, SegmentCache(model, made, prompt_length=PROMPT), ids, chunks, **options)
+
+
+def reach(made: Plan) -> torch.Tensor:
+    """The entries that each head may hold after a prompt of PROMPT tokens, [L,K]."""
+    assert made.keep is not None
+    assert made.keep.select is not None
+    budget = made.keep.select.budget
+    return torch.where(budget <= 1, (budget * PROMPT).round(), budget)
+
+
+@EACH
+def test_the_dense_reference(name: str) -> None:
+    model = models.double("llama")
+    made = selecting(model, name)
+    expected = dense(model, IDS[0], made, CHUNKS, prompt_length=PROMPT)
+    close(run(model, made, IDS, CHUNKS)[0], expected, torch.float32)
+    assert error(expected, own(model, IDS)[0]) > 1e-2  # or this test could not fail
+
+
+@pytest.mark.parametrize("name", ["floor", "step-sum", "step-reindex", "chunk-reindex", "merge-count"])
+@pytest.mark.parametrize("architecture", ["gemma2", "rope-yarn", "cohere", "gpt-neox"])
+def test_the_dense_reference_in_other_architectures(architecture: str, name: str) -> None:
+    model = models.double(architecture)
+    made = selecting(model, name)
+    expected = dense(model, IDS[0], made, CHUNKS, prompt_length=PROMPT)
+    close(run(model, made, IDS, CHUNKS)[0], expected, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["step-sum", "step-newest", "step-merge", "step-reindex"])
+def test_a_strict_chunk_is_so_many_steps(name: str) -> None:
+    model = models.double("llama")
+    made, chunks = selecting(model, name), [20, 1, 9]
+    expected = dense(model, IDS[0], made, chunks, strict=True)
+    close(feed(model, SegmentCache(model, made, protocol="strict"), IDS, chunks)[0], expected, torch.float32)
+    close(run(model, made, IDS, [20, *[1] * 10])[0], expected, torch.float32)
+
+
+@EACH
+def test_left_padding(name: str) -> None:
+    """Each row as alone. Shares of a prompt that goes in chunks are of the batch's prompt; so are counts here."""
+    model = models.double("llama")
+    made = selecting(model, name, **({"share": (6.0, 5.0, 7.0)} if "chunk" in name else {}))
+    rows = [random_ids(1, length, seed=length)[0] for length in (27, 18, 13)]
+    ids, mask = left_padded(rows)
+    together = feed(model, SegmentCache(model, made), ids, [22, *[1] * 5], mask=mask)
+    for index, row in enumerate(rows):
+        alone = feed(model, SegmentCache(model, made), row[None], [len(row) - 5, *[1] * 5])
+        close(together[index, -len(row) :], alone[0], torch.float32)
+
+
+@EACH
+def test_a_budget_that_suffices_changes_nothing(name: str) -> None:
+    model = models.double("llama")
+    made = selecting(model, name, share=(60.0,) * 3, mass=0.0, least=0.0)
+    close(run(model, made, IDS, CHUNKS), own(model, IDS), torch.float32)
+
+
+@EACH
+def test_held_entries_and_bytes_stay_within_the_budget(name: str) -> None:
+    model = models.double("llama")
+    made = selecting(model, name)
+    cache, ids = SegmentCache(model, made, prompt_length=PROMPT), random_ids(2, 160, seed=4)
+    limit, whole = reach(made), 2 * 8 * 8 * 2
+    spec = made.keep.select
+    pooled = spec.spread == "layer"
+    with model.served(), torch.no_grad():
+        model.network(input_ids=ids[:, :PROMPT], past_key_values=cache)
+        for at in range(PROMPT, 160):
+            model.network(input_ids=ids[:, at : at + 1], past_key_values=cache)
+            grew = 0 if spec.when == "step" else at + 1 - PROMPT
+            held = cache.entries()
+            if pooled:
+                assert (held.sum(1) <= limit.sum(1) + 2 * grew + 1).all()
+            else:
+                assert (held <= limit + grew).all()
+            if spec.when == "step":  # entries, scores and counts of two rows, without slack
+                assert cache.nbytes <= (int(limit.sum()) + 3) * (whole + 32)
+
+
+@EACH
+def test_the_allocator_follows(name: str) -> None:
+    model = models.shared("llama")
+    cache = SegmentCache(model, selecting(model, name, share=(0.4,) * 3), prompt_length=40)
+    assert grown(model, cache) == cache.nbytes
+    gc.collect()
+
+
+@EACH
+def test_round_trip_and_determinism(name: str, tmp_path) -> None:
+    model = models.shared("llama")
+    made = selecting(model, name)
+    read = plans.read(made.write(str(tmp_path / "plan")))
+    same(run(model, read, IDS, CHUNKS), run(model, made, IDS, CHUNKS))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("chunk")])
+def test_layers_that_let_go_one_by_one_hold_the_same(name: str) -> None:
+    """With the prompt's length known, a layer is thinned before the next one is fed."""
+    model, made = models.double("llama"), selecting(models.double("llama"), name)
+    most, caches = [0, 0], [SegmentCache(model, made), SegmentCache(model, made, prompt_length=PROMPT)]
+    outs = []
+    for number, cache in enumerate(caches):
+
+        def watch(*_, number: int = number, cache: SegmentCache = cache) -> None:
+            most[number] = max(most[number], cache.nbytes)
+
+        hooks = [layer.register_forward_hook(watch) for layer in model.network.model.layers]
+        outs.append(feed(model, cache, IDS, [PROMPT, *[1] * 10]))
+        for hook in hooks:
+            hook.remove()
+    same(outs[0], outs[1])
+    same(caches[0].entries(), caches[1].entries())
+    assert most[1] < most[0]
+
+
+@pytest.mark.parametrize("prompt", [40, 200])
+def test_prefill_in_chunks_stays_within_budget_and_chunk(prompt: int) -> None:
+    model = models.shared("llama")
+    cache = SegmentCache(model, selecting(model, "chunk", share=(16.0,) * 3))
+    ids = random_ids(1, prompt, seed=6)
+    with model.served(), torch.no_grad():
+        for at in range(0, prompt, 8):
+            model.network(input_ids=ids[:, at : at + 8], past_key_values=cache)
+            assert int(cache.entries().max()) <= 16
+            assert cache.nbytes <= 3 * 2 * 16 * (2 * 8 * 4 + 4)
+
+
+def test_a_share_of_an_unknown_prompt_is_refused() -> None:
+    model = models.shared("llama")
+    with pytest.raises(InputError, match="share of a prompt"):
+        SegmentCache(model, selecting(model, "chunk-newest"))
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_rows_of_a_batch_hold_entries_of_their_own(name: str) -> None:
+    model = models.double("llama")
+    cache = SegmentCache(model, selecting(model, name))
+    feed(model, cache, random_ids(3, 22, seed=5), [20, 1, 1])
+    assert [part.rows for part in cache.segments[0].parts] == [[0], [1], [2]]
+    sizes = {tuple(lane.entries() for lane in part.lanes) for part in cache.segments[2].parts}
+    assert len(sizes) > 1
+
+
+def test_a_budget_of_the_model_goes_to_the_best_scores_of_all_layers() -> None:
+    model = models.double("llama")
+    cache = SegmentCache(model, selecting(model, "layer", spread="model", observed=4, recent=0, sink=0))
+    feed(model, cache, IDS[:, :PROMPT], [PROMPT])
+    rows = [
+        lane.scores(layer.parts[0].lanes and layer._step(layer.parts[0]))[0, 0]
+        for layer in cache.segments
+        for lane in layer.lanes()
+    ]
+    border = torch.stack(rows).flatten().sort(descending=True).values[6 * 8]
+    cache.finish()
+    assert int(cache.entries().sum()) == 6 * 8
+    same(cache.entries().flatten(), torch.stack([(row > border).sum().clamp_min(1) for row in rows]))
+
+
+@pytest.mark.parametrize("name", ["layer", "chunk", "merge", "reindex", "alike", "least"])
+@pytest.mark.parametrize("store", ["two-bits", "before-rope", "joined"])
+def test_a_store_of_what_was_selected(store: str, name: str) -> None:
+    """Coding after selection is the selection, coded: with a lossless window nothing but the order of sums differs."""
+    model = models.double("llama")
+    keep = selecting(model, name).keep
+    made = stored(model, store, keep=keep, recent=60)
+    if store == "joined" and name != "alike":
+        with pytest.raises(InputError, match="each head keeps entries of its own"):
+            SegmentCache(model, made)
+        return
+    close(run(model, made, IDS, CHUNKS), run(model, selecting(model, name), IDS, CHUNKS), torch.float32)
+    made = stored(model, store, keep=keep, recent=2, block=8)
+    cache = SegmentCache(model, made, prompt_length=PROMPT)
+    assert bool(torch.isfinite(feed(model, cache, IDS, CHUNKS)).all())
+    assert any(lane.bulk.length for layer in cache.segments for lane in layer.lanes())
+
+
+def test_counts_meet_neither_stores_nor_reads() -> None:
+    model = models.double("llama")
+    with pytest.raises(InputError, match="stand for several"):
+        SegmentCache(model, stored(model, "two-bits", keep=selecting(model, "neighbours").keep))
