@@ -13,8 +13,8 @@ from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.text import text
 from kvtool.model import Model, load
 
-PREFIX, OWN, TOKENS, REPEATS = 4000, 16, 4, 9
-ROWS = (1, 4, 16)
+PREFIX, OWN, TOKENS, REPEATS = 4000, 16, 4, 15
+ROWS = (1, 16)
 
 
 def forward(model: Model, ids: torch.Tensor, cache: SegmentCache) -> torch.Tensor:

@@ -26,6 +26,9 @@ class Record:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        known = Record.kinds.get(cls.__name__, cls)
+        if known.__module__ != cls.__module__:
+            raise TypeError(f"{cls.__module__} and {known.__module__} both define a record {cls.__name__}")
         Record.kinds[cls.__name__] = cls
 
 

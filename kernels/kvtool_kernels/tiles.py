@@ -132,11 +132,13 @@ def blocks(rows: int, width: int, dtype: torch.dtype, entries: int = 64) -> dict
 
     The numbers are what compiles without spills for every target (tests/kernels/test_compile.py); none was timed.
     """
-    tall, wide = (16, 16) if dtype == torch.float32 else (64, entries if width <= 128 else 32)
+    exact, narrow = dtype == torch.float32, width <= 128
+    tall, wide = (16, 16) if exact else (64, entries if narrow else 32)
     if INTERPRETED.value:
         tall, wide = INTERPRETED_TILE
     high = max(16, min(tall, triton.next_power_of_2(rows)))
-    return {"M": high, "N": wide, "num_warps": warps(8 if high > 32 else 4), "num_stages": 2}
+    many = narrow if exact else high > 32
+    return {"M": high, "N": wide, "num_warps": warps(8 if many else 4), "num_stages": 1 if exact else 2}
 
 
 def warps(count: int) -> int:

@@ -127,18 +127,18 @@ class Dense(Segment):
     def pop(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the first `count` entries out; their memory is given back."""
         k, v = self.recall(0, count)
-        rest = self.recall(count)
-        self.k = self.v = None
+        rest, weight = self.recall(count), self.weight
+        self.k = self.v = self.weight = None
         remaining, self.length = self.length - count, 0
         if remaining:
             self.append(*rest)
+            self.weight = None if weight is None else weight[:, :, count : count + remaining].clone()
         return k, v
 
     def take(self, index: torch.Tensor) -> None:
         """Keep only the entries index int64 [B,K,N], in this order."""
-        k, v = self.recall()
-        full = index[..., None].expand(-1, -1, -1, k.shape[-1])
-        self.k, self.v, self.length = k.gather(2, full), v.gather(2, full), index.shape[2]
+        self.k, self.v = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in self.recall())
+        self.length = index.shape[2]
         self.weight = None if self.weight is None else self.weight.gather(2, index[..., None])
 
     def counts(self) -> torch.Tensor:
@@ -220,8 +220,10 @@ class Coded(Segment):
         if keys is not None and values is not None and alike and step.softcap is None and near:
             return self._direct(q, keys, values, step)
         out: Partial | None = None
-        for low in range(0, self.length, BLOCK):
-            k, v = self.recall(low, min(low + BLOCK, self.length))
+        block = math.lcm(self.key.block, self.value.block)
+        count = max(block, BLOCK - BLOCK % block)
+        for low in range(0, self.length, count):
+            k, v = self.recall(low, min(low + count, self.length))
             part = attend(q, k, v, **step.options)
             out = part if out is None else merge(out, part)
         assert out is not None
@@ -283,8 +285,9 @@ class Coded(Segment):
     def _units(self, part: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
         """The chosen units' share of a part [B,K,S/per,...], of which an index holds `per` entries."""
         index = _entries(units, unit * part.shape[2] // self.length).to(part.device)
-        shape = (*index.shape, *part.shape[3:])
-        return self._fetch(part.gather(2, index.reshape(*index.shape, *[1] * (part.dim() - 3)).expand(shape)))
+        index = index.reshape(*index.shape, *[1] * (part.dim() - 3)).expand(*index.shape, *part.shape[3:])
+        plain = part if part.itemsize > 1 else part.view(torch.uint8)  # torch gathers no 8-bit floats
+        return self._fetch(plain.gather(2, index).view(part.dtype))
 
     def _cut(self, side: str, encoding: Encoding, low: int, high: int) -> Parts:
         """The parts of the blocks that hold entries low … high − 1."""

@@ -201,7 +201,8 @@ class Levels(Codec):
         if self.ranges == "absolute":
             return grouped.abs().mean(-1), None
         if self.ranges == "moments":
-            return grouped.std(-1, correction=0), grouped.mean(-1)
+            mean = grouped.mean(-1)
+            return grouped.std(-1, correction=0) if mean.numel() else mean, mean  # std warns where there is nothing
         low, high = grouped.amin(-1), grouped.amax(-1)
         return (high - low) / 2, (high + low) / 2
 

@@ -82,8 +82,10 @@ class ErrorBasis(Record):
         rank = min(self.rank, *blocks.shape[-2:])
         start = torch.randn(blocks.shape[-1], rank, generator=torch.Generator().manual_seed(0)).to(error)
         right = start.expand(*blocks.shape[:3], -1, -1)
+        size = blocks.abs().amax((-2, -1), keepdim=True) if blocks.numel() else 1.0
+        unit = blocks / (size + torch.finfo(torch.float32).tiny)  # squares neither overflow nor vanish
         for _ in range(self.loops):
-            right = torch.linalg.qr(blocks.transpose(-1, -2) @ (blocks @ right))[0]
+            right = torch.linalg.qr(unit.transpose(-1, -2) @ (unit @ right))[0]
         right = right.half().float()
         limit = torch.finfo(torch.float16).max
         left = (blocks @ right).clamp(-limit, limit)

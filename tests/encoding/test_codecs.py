@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -152,7 +154,7 @@ def test_groups_share_nothing(name: str) -> None:
     parts = mixed.split(GROUP, 3 if CODECS[name].block == 1 else 2)
     parts[0].fill_(2.0)
     parts[1].zero_()
-    parts[2].mul_(1e4)
+    parts[2].mul_(5e3)
     expected, actual = (there_and_back(CODECS[name], x).split(GROUP, 3 if CODECS[name].block == 1 else 2)[3]
                         for x in (z, mixed))  # fmt: skip
     same(actual, expected)
@@ -254,9 +256,7 @@ def bits_of(codec: Codec, width: int) -> float:
     return sum(tensor.nbytes for tensor in codec.encode(z).values()) * 8 / z.numel()
 
 
-@pytest.mark.parametrize(
-    ("codec", "expected"), BITS, ids=lambda value: f"{value:g}" if isinstance(value, float) else ""
-)
+@pytest.mark.parametrize(("codec", "expected"), BITS)
 def test_bits_an_element(codec: Codec, expected: float) -> None:
     assert bits_of(codec, 128) == expected
 
@@ -296,7 +296,7 @@ def test_some_heads(indices: list[int]) -> None:
         (lambda: Ternary(12, "token"), "bad group along tokens"),
     ],
 )
-def test_refusals(made, message: str) -> None:
+def test_refusals(made: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         made()
 

@@ -46,15 +46,20 @@ CASES: dict[str, dict[str, Any]] = {
     "chunk-merge": dict(observed=4, when="chunk", merge="neighbour", weigh="gaussian", threshold=-1.0, count=True),
     "reindex": dict(observed=4, position="reindex"),
     "step-reindex": dict(observe="all", when="step", recent=3, position="reindex"),
+    "gumbel": dict(score="gumbel", observe="all", reduce="sum", temperature=1.5),
+    "step-gumbel": dict(score="gumbel", observe="all", reduce="sum", when="step", warming=0.1, recent=2),
+    "noise": dict(score="random", recent=1, seed=5),
     "chunk-reindex": dict(observed=4, when="chunk", spread="head", position="reindex", merge="nearest"),
 }
 
 
-def selecting(model: Model, name: str, share: float = 0.4, **changes: Any) -> Plan:
-    """A plan that keeps by one of the cases, of a budget `share` unless the case has its own; 4 layers at most."""
+NOISY = ["gumbel", "step-gumbel", "noise"]  # the reference does not know the numbers that are drawn
+
+
+def selecting(model: Model, name: str, **changes: Any) -> Plan:
+    """A plan that keeps by one of the cases, of the budgets `share` layer by layer, and 0.4 in further ones."""
     g, options = model.geometry, CASES[name] | changes
-    shares = torch.tensor(options.pop("share", (share,) * 4))
-    shares = torch.nn.functional.pad(shares, (0, 4 - len(shares)), value=share)[: g.layers]
+    shares = torch.tensor((*options.pop("share", ()), *[0.4] * 4))[: g.layers]
     position = options.pop("position", "original")
     select = Select(shares[:, None].repeat(1, g.kv_heads), **options)
     everything = torch.ones(g.layers, g.kv_heads)

@@ -195,7 +195,11 @@ def side(x: Packed | torch.Tensor, batch: int, block: int) -> Side:
 
 
 def packed_blocks(rows: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """As `tiles.blocks`; unpacking takes registers, so that tiles are smaller than over dense entries."""
+    """As `tiles.blocks`; unpacking takes registers, so that tiles are smaller than over dense entries.
+
+    What still spills: fp32 queries of more than 128 channels, over codes of several planes or levels with a scale per
+    few channels.
+    """
     small = dtype == torch.float32 or width > 128
     tall, wide = (16, 16) if small else (32, 32)
     if INTERPRETED.value:

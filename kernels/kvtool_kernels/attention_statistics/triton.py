@@ -152,7 +152,7 @@ def attention_statistics(
     heads, tokens, width = q.shape
     group = heads // k.shape[0]
     size = 128 if INTERPRETED.value else blocks_of(q.dtype, width)
-    tile = {"M": size, "D": pad(width), "num_warps": warps(8), "num_stages": 2}
+    tile = {"M": size, "D": pad(width), "num_warps": warps(8 if width <= 128 else 4), "num_stages": 2}
     blocks = triton.cdiv(tokens, size)
     out = q.new_empty(tokens, heads, width).transpose(0, 1)
     lse, entropy, tops, inverses = q.new_empty(4, heads, tokens, dtype=torch.float32)

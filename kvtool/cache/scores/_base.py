@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 
@@ -47,8 +48,8 @@ class View:
 
     def draws(self) -> list[torch.Generator]:
         """A source of noise per KV head, which depends neither on the batch nor on how heads share lanes."""
-        seeds = [((self.spec.seed * 4096 + self.layer) * 4096 + head) * 2**20 + self.turn for head in self.heads]
-        return [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+        names = [f"{self.spec.seed} {self.layer} {head} {self.turn}" for head in self.heads]
+        return [torch.Generator().manual_seed(crc32(name.encode())) for name in names]  # it heeds 32 bits only
 
 
 def probabilities(view: View, noise: Noise | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
