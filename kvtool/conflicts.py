@@ -24,7 +24,7 @@ def check(plan: Plan) -> None:
         plan.store.check(plan.model["kv_heads"], plan.model["head_dim"])
     if plan.read is not None:
         plan.read.check(plan.keep)
-    for rule in (counted, across_layers, across_layers_read, across_heads, step_by_step):
+    for rule in (counted, across_layers, across_layers_read, across_heads, followed, step_by_step):
         conflict = rule(plan)
         if conflict is not None:
             raise InputError(conflict[0], remedy=conflict[1])
@@ -80,6 +80,20 @@ def across_heads(plan: Plan) -> Conflict:
                 "compose with a plan that keeps the same entries in every head, or stores heads apart",
             )
     return None
+
+
+def followed(plan: Plan) -> Conflict:
+    """A layer with a sliding window of its own chooses nothing that others could go by."""
+    if plan.read is None:
+        return None
+    windows = plan.model.get("windows", [])
+    bad = [layer for layer, window in enumerate(windows) if window is not None and plan.read.followers(layer)]
+    if not bad:
+        return None
+    return (
+        f"layers go by the choice of layer {bad[0]}, which has a sliding window and makes none",
+        "make a layer with full attention the owner",
+    )
 
 
 def step_by_step(plan: Plan) -> Conflict:

@@ -112,7 +112,8 @@ class Bulk(Lane):
 
     def _observe(self, q: torch.Tensor, step: Step) -> None:
         """The queries of the newest entries are there: the selector remembers them, and evicts if it does so now."""
-        if self.selector is None or (self.finished and self.selector.spec.when != "step"):
+        idle = self.finished and self.selector is not None and self.selector.spec.when != "step"
+        if self.selector is None or idle or not q.shape[2]:
             return
         self.selector.observe(q, self.fed - q.shape[2])
         if self.finished or self.selector.spec.when == "chunk":

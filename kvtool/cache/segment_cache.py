@@ -323,6 +323,10 @@ class SegmentCache(Cache):
         """Is one row held, without padding?"""
         return all(layer.single for layer in self.segments)
 
+    def reset(self) -> None:
+        self.finished = self.plan is None or self.plan.keep is None or self.plan.keep.select is None
+        super().reset()
+
     def finish(self) -> None:
         """The prompt is in: what a score selects is selected now, and the rest is freed. The first decode step calls
         this too."""

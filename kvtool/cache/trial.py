@@ -54,7 +54,7 @@ class Trial(Cache):
 
     def keep(self, count: int, *caches: SegmentCache) -> None:
         """The first `count` tokens on trial are kept by these caches; the others are forgotten."""
-        for index, layer in enumerate(self.trials):
+        for index, layer in enumerate(self.trials if count else ()):
             q, k, v = (x[:, :, :count] for x in layer.scratch)
             for cache in caches:
                 cache.segments[index].absorb(q, k, v)

@@ -254,6 +254,8 @@ def test_merging_copies_is_exact(tokens: int, weigh: str, merge: str) -> None:
     close(got[1], want[1])
     same(held.counts()[0, 0], torch.tensor([3.0] * 5 + [1.0] * tokens))
     assert held.read_bytes() == 2 * K * (5 + tokens) * (2 * D + 1) * 4
+    held.take(torch.tensor([4, 5]).expand(2, K, -1))
+    same(held.counts()[1, 1], torch.tensor([3.0, 1.0]))
 
 
 def test_weights_of_a_merge() -> None:

@@ -97,7 +97,7 @@ FILES = [
     ("analyze {plan}", ["got a plan", "expected a trace"]),
     ("analyze {channels} spectra", ["no statistic 'gram'", "--stat gram"]),
     ("compose {plan} {trace} -o out", ["got a trace", "expected a plan"]),
-    ("compose {plan} {plan} -o out", ["both plans fill the slot 'keep'"]),
+    ("compose {plan} {plan} -o out", ["two plans fill the slot 'keep'"]),
     ("compose {plan} -o out", ["1 plan", "two or more"]),
     ("compose {plan} {other_plan} -o out", ["another model"]),
     ("replay {model} --plan nowhere", ["no such plan", "nowhere"]),

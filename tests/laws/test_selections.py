@@ -6,6 +6,7 @@ In fp64, where cache and reference must agree so closely that scores cannot chan
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ import torch
 from kvtool import plan as plans
 from kvtool.cache.lane import Step
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
+from kvtool.slots import Store
 from tests import models
 from tests.laws.reference import dense
 from tests.laws.selecting import Selecting
@@ -234,6 +237,22 @@ def test_a_store_of_what_was_selected(store: str, name: str) -> None:
     cache = SegmentCache(model, made, prompt_length=PROMPT)
     assert bool(torch.isfinite(feed(model, cache, IDS, CHUNKS)).all())
     assert any(lane.bulk.length for layer in cache.segments for lane in layer.lanes())
+
+
+@pytest.mark.parametrize("name", ["last", "layer", "chunk", "merge", "reindex", "chunk-reindex"])
+def test_keys_that_are_turned_back_know_where_they_stand(name: str) -> None:
+    """Stored before RoPE, without rounding: the same as not stored."""
+    model = models.double("llama")
+    made = selecting(model, name)
+    store = Store((Encoding(rotated=False),), (Encoding(),), torch.zeros(3, 2).int(), recent=2, block=2)
+    cache, full = SegmentCache(model, replace(made, store=store), prompt_length=PROMPT), SegmentCache(model)
+    close(feed(model, cache, IDS, CHUNKS), run(model, made, IDS, CHUNKS), torch.float32)
+    if name in ("last", "layer", "chunk"):
+        feed(model, full, IDS, CHUNKS)
+        k, _, _ = next(full.segments[0].lanes()).recall()
+        for lane in cache.segments[0].lanes():
+            stood = k[:, lane.heads].gather(2, lane.positions[..., None].expand(-1, -1, -1, 8))
+            close(lane.recall()[0], stood, torch.float32)
 
 
 def test_counts_meet_neither_stores_nor_reads() -> None:
