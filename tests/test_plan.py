@@ -25,7 +25,7 @@ from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
 
-GOLDEN = ""
+GOLDEN = "26eb108ac05da33333d6768650fe068fa0f34d4f374aa5249d6ceda305021d7d"
 
 
 def small() -> Plan:

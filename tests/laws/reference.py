@@ -80,7 +80,9 @@ def _served(network: Any, run: _Run) -> Iterator[None]:
             hook.remove()
 
 
-def _attention(module: Any, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def _attention(  # noqa: C901 (the definition in one piece, to be read from top to bottom)
+    module: Any, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
+):
     run, layer = _run, module.layer_idx
     assert run is not None
     group = query.shape[1] // key.shape[1]
@@ -180,7 +182,7 @@ def _order(run: _Run, chosen: list[int] | None, tokens: int) -> list[int]:
 def _coded(
     module: Any, run: _Run, key: torch.Tensor, value: torch.Tensor, orders: dict[int, list[int]]
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """KV head → its list's coded entries as the store gives them back, [1,1,n,D] each: whole blocks, from the sinks on."""
+    """KV head → its list's coded entries as the store gives them back, [1,1,n,D] each: whole blocks after the sinks."""
     store, layer, found = run.plan.store, module.layer_idx, {}
     for number in store.index[layer].unique().tolist():
         heads = (store.index[layer] == number).nonzero().flatten().tolist()
