@@ -162,7 +162,7 @@ class SegmentLayer(Layer):
 
     def _remember(self, q: torch.Tensor) -> None:
         """Keep the newest queries; the last chunk may bring more than are asked for."""
-        self.queries.append(q if self.record < 0 else q[:, :, -self.record :])
+        self.queries.append((q if self.record < 0 else q[:, :, -self.record :]).clone())  # a view would keep all of q
         while self.record > 0 and sum(x.shape[2] for x in self.queries[1:]) >= self.record:
             self.queries.pop(0)
 
