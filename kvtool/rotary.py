@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from kvtool.errors import InputError
+from kvtool_kernels.precision import wide
 
 Table = tuple[torch.Tensor, torch.Tensor]
 
@@ -53,7 +54,7 @@ class Rotary:
         if table is None:
             return x
         cos, sin = table
-        head, rest = _wide(x[..., : self.width]), x[..., self.width :]
+        head, rest = wide(x[..., : self.width]), x[..., self.width :]
         return torch.cat([(head * cos + self._quarter(head) * sin).to(x.dtype), rest], dim=-1)
 
     def unrotate(self, x: torch.Tensor, table: Table | None) -> torch.Tensor:
@@ -61,7 +62,7 @@ class Rotary:
         if table is None:
             return x
         cos, sin = table
-        head, rest = _wide(x[..., : self.width]), x[..., self.width :]
+        head, rest = wide(x[..., : self.width]), x[..., self.width :]
         head = (head * cos - self._quarter(head) * sin) / (cos.square() + sin.square())
         return torch.cat([head.to(x.dtype), rest], dim=-1)
 
@@ -78,11 +79,6 @@ class Rotary:
             return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
         a, b = x.chunk(2, dim=-1)
         return torch.cat([-b, a], dim=-1)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Arithmetic is fp32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _over_heads(table: Table) -> Table:

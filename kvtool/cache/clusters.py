@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from kvtool_kernels.precision import wide, wider
+
 ROUNDS = 10
 SEGMENT = 8192  # entries that are clustered together
 
@@ -27,7 +29,7 @@ def clustered(k: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def means(x: torch.Tensor, labels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """The mean of x [B,K,S,D] over each cluster, [B,K,U,D]; zero for empty ones."""
-    sums = x.new_zeros(*sizes.shape, x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = x.new_zeros(*sizes.shape, x.shape[3], dtype=wider(x.dtype))
     index = labels.long()[..., None].expand(-1, -1, -1, x.shape[3])
     return (sums.scatter_add(2, index, x.to(sums.dtype)) / sizes[..., None].clamp_min(1)).to(x.dtype)
 
@@ -35,7 +37,7 @@ def means(x: torch.Tensor, labels: torch.Tensor, sizes: torch.Tensor) -> torch.T
 def _labels(k: torch.Tensor, count: int) -> torch.Tensor:
     """int64 [B,K,S]."""
     entries = k.shape[2]
-    x = k.to(torch.promote_types(k.dtype, torch.float32))
+    x = wide(k)
     x = x - x.mean(2, keepdim=True)
     centroids = x[:, :, torch.arange(count, device=k.device) * entries // count]
     labels = torch.zeros(k.shape[:3], dtype=torch.int64, device=k.device)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtool_kernels.precision import wide
+
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -70,11 +72,6 @@ class Trail:
         """q [B,H,T,D]; last int64 [T]: the last entry that query has dropped (negative: none of these)."""
         index = (last + 1).clamp_min(0)
         return _over(q, self.keys[:, :, index], self.values[:, :, index], self.count[index], scale, softcap)
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Sums are fp32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _over(q, key_sum, value_sum, count, scale: float, softcap: float | None) -> Partial:

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.scores._base import wide
 from kvtool.slots import Select
+from kvtool_kernels.precision import wide
 
 BLOCK = 512  # entries that are compared with all kept ones at a time
 Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

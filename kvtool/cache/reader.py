@@ -21,10 +21,11 @@ from kvtool.cache import tails
 from kvtool.cache.board import Board, Post
 from kvtool.cache.lane import Partial, Step
 from kvtool.cache.segments import Segment
-from kvtool.cache.summaries._base import Given, wide
+from kvtool.cache.summaries._base import Given
 from kvtool.cache.units import Units
 from kvtool.slots import Read
 from kvtool_kernels.ops import attend, merge
+from kvtool_kernels.precision import wide
 
 
 @dataclass(frozen=True)

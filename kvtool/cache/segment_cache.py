@@ -25,6 +25,7 @@ from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.serving import Attention, Layer
+from kvtool_kernels.precision import wider
 
 Protocol = Literal["official", "strict"]
 
@@ -60,7 +61,7 @@ class Part:
         kv_heads = sum(len(lane.heads) for lane in self.lanes)
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, tokens, width)
         out = torch.empty_like(grouped)
-        lse = q.new_empty(grouped.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_empty(grouped.shape[:-1], dtype=wider(q.dtype))
         for lane in self.lanes:
             part, part_lse = work(lane, grouped[:, lane.heads].flatten(1, 2))
             shape = (batch, len(lane.heads), heads // kv_heads, tokens)
@@ -104,7 +105,7 @@ class SegmentLayer(Layer):
         if len(self.parts) == 1 and self.parts[0].rows == list(range(len(q))) and not self.parts[0].padding:
             out, lse = self.parts[0].step(q, k, v, self._step(self.parts[0]))
         else:
-            out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+            out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wider(q.dtype))
             for part in self.parts:
                 skip = max(0, part.padding - start)
                 if skip < q.shape[2]:

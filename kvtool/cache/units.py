@@ -17,9 +17,10 @@ import torch
 from kvtool import registry
 from kvtool.cache.clusters import clustered, means
 from kvtool.cache.segments import Segment
-from kvtool.cache.summaries._base import Given, Parts, wide
+from kvtool.cache.summaries._base import Given, Parts
 from kvtool.errors import InputError
 from kvtool.slots import Read
+from kvtool_kernels.precision import wide
 
 
 class Units:

@@ -4,12 +4,14 @@
     out_i = Σ_j exp(logits[i, j] − lse_i) · v_j
 
 `cap(x) = softcap · tanh(x / softcap)` when a soft cap is given. A query that sees no entry gets out = 0, lse = −inf,
-the neutral element of `merge`. All arithmetic is fp32.
+the neutral element of `merge`. All arithmetic is fp32 at least.
 """
 
 from __future__ import annotations
 
 import torch
+
+from kvtool_kernels.precision import wide
 
 
 def attend(
@@ -29,10 +31,9 @@ def attend(
     """
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    keys = k.to(wide).repeat_interleave(group, dim=1)
-    values = v.to(wide).repeat_interleave(group, dim=1)
-    logits = q.to(wide) @ keys.transpose(-1, -2) * scale
+    keys = wide(k).repeat_interleave(group, dim=1)
+    values = wide(v).repeat_interleave(group, dim=1)
+    logits = wide(q) @ keys.transpose(-1, -2) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:

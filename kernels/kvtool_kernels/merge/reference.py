@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from kvtool_kernels.precision import wide
+
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -19,5 +21,4 @@ def merge(a: Partial, b: Partial) -> Partial:
     lse = torch.logaddexp(lse_a, lse_b)
     base = lse.masked_fill(lse == float("-inf"), 0.0)
     weight_a, weight_b = torch.exp(lse_a - base)[..., None], torch.exp(lse_b - base)[..., None]
-    wide = torch.promote_types(out_a.dtype, torch.float32)
-    return (weight_a * out_a.to(wide) + weight_b * out_b.to(wide)).to(out_a.dtype), lse
+    return (weight_a * wide(out_a) + weight_b * wide(out_b)).to(out_a.dtype), lse

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from kvtool_kernels.attend.reference import attend
+from kvtool_kernels.precision import wide
 
 
 def page_bounds(k: torch.Tensor, *, page: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,9 +33,10 @@ def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch
 
     Two products, since max(q·low, q·high) is q⁺·high + q⁻·low: as fast as a kernel for it.
     """
-    group = q.shape[1] // low.shape[1]
-    low, high = (x.float().repeat_interleave(group, 1).transpose(2, 3) for x in (low, high))
-    return q.float().clamp_min(0) @ high + q.float().clamp_max(0) @ low
+    grouped = wide(q).reshape(len(q), low.shape[1], -1, q.shape[3])
+    low, high = (wide(x).transpose(2, 3) for x in (low, high))
+    scores = grouped.clamp_min(0) @ high + grouped.clamp_max(0) @ low
+    return scores.reshape(*q.shape[:3], -1)
 
 
 def page_entries(scores: torch.Tensor, *, pages: int, page: int, entries: int) -> torch.Tensor:

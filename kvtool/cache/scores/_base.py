@@ -17,6 +17,7 @@ from zlib import crc32
 import torch
 
 from kvtool.slots import Select
+from kvtool_kernels.precision import wide
 
 BLOCK = 64  # query rows at a time
 Noise = Callable[[torch.Size], torch.Tensor]
@@ -85,8 +86,3 @@ def reduced(view: View, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
     if squares is not None:
         out = out + spec.variance * (squares - total.square() / seen).clamp_min(0) / (seen - 1).clamp_min(1)
     return out
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Scores are fp32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.scores._base import View, wide
+from kvtool.cache.scores._base import View
+from kvtool_kernels.precision import wide
 
 QUERIES = False
 

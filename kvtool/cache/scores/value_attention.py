@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.scores._base import View, probabilities, reduced, wide
+from kvtool.cache.scores._base import View, probabilities, reduced
+from kvtool_kernels.precision import wide
 
 QUERIES = True
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtool_kernels.precision import wide
+
 Parts = tuple[torch.Tensor, ...]
 
 
@@ -23,11 +25,6 @@ class Given:
 
     table: torch.Tensor | None = None
     rank: int = 0
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Arithmetic is fp32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def best(q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.summaries._base import Given, Parts, best, wide
+from kvtool.cache.summaries._base import Given, Parts, best
+from kvtool_kernels.precision import wide
 
 LOGIT = False
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.summaries._base import Given, Parts, best, wide
+from kvtool.cache.summaries._base import Given, Parts, best
 from kvtool.errors import InputError
+from kvtool_kernels.precision import wide, wider
 
 LOGIT = False
 
@@ -18,7 +19,7 @@ def _basis(given: Given, like: torch.Tensor) -> torch.Tensor:
     if given.table is None:
         raise InputError("the summary 'low-rank' needs its calibrated bases", expected="a plan with a table")
     basis = given.table if not given.rank else given.table[..., : given.rank]
-    return basis.to(like.device, torch.promote_types(like.dtype, torch.float32))
+    return basis.to(like.device, wider(like.dtype))
 
 
 def summarise(k: torch.Tensor, given: Given) -> Parts:

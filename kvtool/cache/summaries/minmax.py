@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.summaries._base import Given, Parts, wide
+from kvtool.cache.summaries._base import Given, Parts
+from kvtool_kernels.ops import page_scores
 
 LOGIT = False
 
@@ -17,6 +18,5 @@ def summarise(k: torch.Tensor, given: Given) -> Parts:
 
 
 def score(q: torch.Tensor, parts: Parts, given: Given) -> torch.Tensor:
-    low, high = (wide(part).transpose(-1, -2) for part in parts)
-    q = wide(q)
-    return q.clamp_min(0) @ high + q.clamp_max(0) @ low
+    low, high = parts
+    return page_scores(q.flatten(1, 2)[:, :, None], low, high).reshape(*q.shape[:3], -1)

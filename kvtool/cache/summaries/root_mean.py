@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 
 from kvtool.cache.summaries import mean as _mean
-from kvtool.cache.summaries._base import Given, Parts, wide
+from kvtool.cache.summaries._base import Given, Parts
+from kvtool_kernels.precision import wide
 
 LOGIT = False
 
