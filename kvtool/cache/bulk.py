@@ -55,18 +55,12 @@ class Bulk(Lane):
         self.limits, self.block = (sink, recent), block
         self.encodings, self.rotary, self.reindex = (key, value), rotary, reindex
         self.selector, self.reader, self.member = selector, reader, member
-        self.clear()
-
-    def clear(self) -> None:
         self.sinks, self.recent = Dense(), Dense()
         self.bulk: Segment = self._fresh()
         self.shared: list[Shared] = []
         self.positions: torch.Tensor | None = None  # int64 [B,K,N] of all entries not shared, where keys need them
         self.fed = self.origin = 0
         self.finished = self.selector is None
-        for part in (self.selector, self.reader):
-            if part is not None:
-                part.clear()
 
     def _fresh(self) -> Segment:
         if self.member is not None:

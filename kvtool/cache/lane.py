@@ -82,9 +82,5 @@ class Lane(ABC):
         return 0
 
     @abstractmethod
-    def clear(self) -> None:
-        """Drop everything."""
-
-    @abstractmethod
     def reorder(self, rows: torch.Tensor) -> None:
         """Select batch rows (beam search)."""

@@ -52,10 +52,6 @@ class Reader:
             table = table[list(place.heads)]
         self.units = Units(spec, Given(table, spec.rank))
         self.scores_itself = not self.follows or spec.tail != "drop"
-        self.clear()
-
-    def clear(self) -> None:
-        self.units.clear()
         self.choice: torch.Tensor | None = None  # int64 [B,K,C,M], the last first; −1 where a chooser has fewer
         self.age: torch.Tensor | None = None  # steps since each choice, int64 [B,K,C]
         self.asked: torch.Tensor | None = None  # the queries that chose [B,K,G,D], where `jump` compares with them

@@ -10,16 +10,13 @@ It sees the lanes of all layers at once, or those of one layer whose prompt is o
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 
 from kvtool.cache.bulk import Bulk
 from kvtool.cache.lane import Step
+from kvtool.cache.segment_layer import SegmentLayer
 from kvtool.slots import Select
-
-if TYPE_CHECKING:
-    from kvtool.cache.segment_cache import SegmentLayer
 
 Pairs = list[tuple[Bulk, Step]]
 

@@ -32,9 +32,6 @@ class Selector:
         self.spec, self.budget, self.layer, self.heads = spec, budget, layer, heads
         self.rule = registry.module("cache/scores", spec.score, "score")
         self.prompt_length = prompt_length
-        self.clear()
-
-    def clear(self) -> None:
         self.queries: list[torch.Tensor] = []
         self.first: list[int] = []
         self.running: torch.Tensor | None = None  # scores of the entries held, if they will be scored again

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache
 
-from kvtool.cache.segment_cache import SegmentCache, SegmentLayer
+from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.segment_layer import SegmentLayer
 from kvtool.errors import InputError
 from kvtool.serving import Attention, Layer
 

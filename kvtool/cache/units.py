@@ -34,9 +34,6 @@ class Units:
         if spec.tail == "estimate" and not self.rule.LOGIT:
             raise InputError(f"the summary {spec.summary!r} does not estimate a logit", remedy="use mean")
         self.grain = spec.unit if spec.form == "page" else 1  # entries that one element of a choice stands for
-        self.clear()
-
-    def clear(self) -> None:
         self.parts: Parts = ()
         self.values: torch.Tensor | None = None  # mean values of units [B,K,U,D], for the tail "estimate"
         self.total: torch.Tensor | None = None  # sum of all values, fp32 [B,K,1,D], for the tail "mean"

@@ -231,11 +231,6 @@ class Window(Lane):
             made.keys, made.values = self.keys.clone(), self.values.clone()
         return made
 
-    def clear(self) -> None:
-        self.keys = self.values = None
-        self.fed = 0
-        self.mean = None if self.mean is None else Mean()
-
     def reorder(self, rows: torch.Tensor) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]

@@ -1,0 +1,230 @@
+"""One layer of a `SegmentCache`: its lanes, for each part of the batch.
+
+A query's attention is computed lane by lane, since heads are independent. Rows with different left padding are parts
+of their own, so that what is held never contains padding. It knows lanes, not plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from kvtool.cache.lane import Lane, Step
+from kvtool.errors import InputError
+from kvtool.serving import Attention, Layer
+from kvtool_kernels.precision import wider
+
+
+class Part:
+    """Rows of the batch that are fed alike: `rows` in the batch, left padding, and their lanes."""
+
+    def __init__(self, rows: list[int], padding: int, lanes: list[Lane]):
+        self.rows, self.padding, self.lanes, self.fed, self.origin = rows, padding, lanes, 0, 0
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step):
+        """As `Lane.step`, for all heads of the layer."""
+        self.fed += k.shape[2]
+        if len(self.lanes) == 1:
+            return self.lanes[0].step(q, k, v, step)
+        return self._by_lane(q, lambda lane, part: lane.step(part, k[:, lane.heads], v[:, lane.heads], step))
+
+    def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step):
+        """As `Lane.trial`, for all heads of the layer."""
+        if len(self.lanes) == 1:
+            return self.lanes[0].trial(q, k, v, step)
+        return self._by_lane(q, lambda lane, part: lane.trial(part, k[:, lane.heads], v[:, lane.heads], step))
+
+    def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """As `Lane.absorb`, for all heads of the layer."""
+        self.fed += k.shape[2]
+        grouped = q.unflatten(1, (k.shape[1], -1))
+        for lane in self.lanes:
+            lane.absorb(k[:, lane.heads], v[:, lane.heads], step, grouped[:, lane.heads].flatten(1, 2))
+
+    def _by_lane(self, q: torch.Tensor, work: Callable[[Lane, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]):
+        batch, heads, tokens, width = q.shape
+        kv_heads = sum(len(lane.heads) for lane in self.lanes)
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads, tokens, width)
+        out = torch.empty_like(grouped)
+        lse = q.new_empty(grouped.shape[:-1], dtype=wider(q.dtype))
+        for lane in self.lanes:
+            part, part_lse = work(lane, grouped[:, lane.heads].flatten(1, 2))
+            shape = (batch, len(lane.heads), heads // kv_heads, tokens)
+            out[:, lane.heads], lse[:, lane.heads] = part.reshape(*shape, width), part_lse.reshape(shape)
+        return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+class SegmentLayer(Layer):
+    """One layer's lanes, part by part. `columns` counts tokens fed, padding included."""
+
+    def __init__(
+        self,
+        make: Callable[[], list[Lane]],
+        *,
+        strict: bool,
+        by_row: bool,
+        finish: Callable[[], None],
+        filled: Callable[[SegmentLayer], None],
+    ):
+        super().__init__()
+        self.make, self.strict, self.by_row, self.finish, self.filled = make, strict, by_row, finish, filled
+        self.parts: list[Part] = []
+        self.columns = 0
+        self.prefix = 0  # columns that all rows share
+        self.scale = 1.0
+        self.softcap: float | None = None
+        self.record = 0  # how many of the newest queries to keep for caches that adopt this one; −1 all
+        self.queries: list[torch.Tensor] = []
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
+        self.scale, self.softcap = call.scale, call.softcap
+        if self.prefix:
+            self._widen(len(q), call)
+        elif sum(len(part.rows) for part in self.parts) < len(q):
+            self._admit(len(q), self.columns + q.shape[2], call)
+        if q.shape[2] == 1 and self.columns:
+            self.finish()
+        if self.record:
+            self._remember(q)
+        start, self.columns = self.columns, self.columns + k.shape[2]
+        if len(self.parts) == 1 and self.parts[0].rows == list(range(len(q))) and not self.parts[0].padding:
+            out, lse = self.parts[0].step(q, k, v, self._step(self.parts[0]))
+        else:
+            out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wider(q.dtype))
+            for part in self.parts:
+                skip = max(0, part.padding - start)
+                if skip < q.shape[2]:
+                    at = (part.rows, slice(None), slice(skip, None))
+                    out[at], lse[at] = part.step(q[at], k[at], v[at], self._step(part))
+        if start == 0:
+            self.filled(self)
+        return _with_sink_logits(out, lse, call)
+
+    def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
+        """As `Lane.trial`, for the one row that is held."""
+        self.scale, self.softcap = call.scale, call.softcap
+        out, lse = self.parts[0].trial(q, k, v, self._step(self.parts[0]))
+        return _with_sink_logits(out, lse, call)
+
+    def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """As `Lane.absorb`, for the one row that is held."""
+        self.parts[0].absorb(q, k, v, self._step(self.parts[0]))
+        self.columns += k.shape[2]
+
+    @property
+    def single(self) -> bool:
+        """Is one row held, without padding?"""
+        return len(self.parts) == 1 and self.parts[0].rows == [0] and not self.parts[0].padding
+
+    def _step(self, part: Part) -> Step:
+        return Step(part.fed, self.scale, self.softcap, self.strict, part.origin)
+
+    def _admit(self, batch: int, end: int, call: Attention | None = None) -> None:
+        """Give rows whose first token has come a part: rows with equal padding share one, unless `by_row`."""
+        waiting = [row for row in range(batch) if all(row not in part.rows for part in self.parts)]
+        padding, places = [0] * batch, None
+        if call is not None and call.padding is not None:
+            seen = call.padding.bool()
+            if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+                raise InputError("the attention mask hides tokens elsewhere than on the left", remedy="pad on the left")
+            padding = (~seen).sum(1).tolist()
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row in waiting:
+            if padding[row] < end:
+                groups.setdefault((padding[row], row if self.by_row else 0), []).append(row)
+        if call is not None and call.positions is not None:
+            places = call.positions.expand(batch, -1)
+        for (pad, _), rows in groups.items():
+            part = Part(rows, pad, self.make())
+            part.origin = 0 if places is None else int(places[rows[0], max(0, pad - self.columns)])
+            self.parts.append(part)
+
+    def _widen(self, batch: int, call: Attention) -> None:
+        """The first tokens after a shared prefix say how many rows go on from it."""
+        if call.padding is not None and not bool(call.padding.all()):
+            raise InputError("continuations of a shared prefix cannot be padded", remedy="feed equal lengths together")
+        if self.columns == self.prefix and len(self.parts[0].rows) == 1:
+            self._take(torch.zeros(batch, dtype=torch.long))
+
+    def _remember(self, q: torch.Tensor) -> None:
+        """Keep the newest queries; the last chunk may bring more than are asked for."""
+        self.queries.append((q if self.record < 0 else q[:, :, -self.record :]).clone())  # a view would keep all of q
+        while self.record > 0 and sum(x.shape[2] for x in self.queries[1:]) >= self.record:
+            self.queries.pop(0)
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def adopt(self, other: SegmentLayer) -> None:
+        """Take over what `other`, one lane of all heads without padding, holds, as if it had been fed here."""
+        (theirs,) = other.parts[0].lanes
+        k, v, first = theirs.recall()
+        self._admit(len(k), other.columns)
+        self.scale, self.softcap = other.scale, other.softcap
+        for part in self.parts:
+            part.origin = other.parts[0].origin
+            for lane in part.lanes:
+                now = Step(first, 1.0, origin=part.origin)
+                lane.absorb(k[part.rows][:, lane.heads], v[part.rows][:, lane.heads], now)
+                selector = getattr(lane, "selector", None)
+                if selector is not None:
+                    q = torch.cat(other.queries, dim=2)[part.rows]
+                    grouped = q.unflatten(1, (k.shape[1], -1))[:, lane.heads].flatten(1, 2)
+                    selector.observe(grouped, other.columns - q.shape[2])
+            part.fed = other.columns
+        self.columns = other.columns
+
+    def follow(self, other: SegmentLayer) -> None:
+        """Go on from what `other` holds, one row without padding, and leave it alone."""
+        (theirs,) = other.parts
+        part = Part([0], 0, [lane.branch() for lane in theirs.lanes])
+        part.fed, part.origin = theirs.fed, theirs.origin
+        self.parts, self.columns, self.prefix = [part], other.columns, other.columns
+        self.scale, self.softcap = other.scale, other.softcap
+
+    def lanes(self) -> Iterator[Lane]:
+        """All lanes of all parts."""
+        return (lane for part in self.parts for lane in part.lanes)
+
+    def reset(self) -> None:
+        self.columns, self.prefix, self.parts, self.queries = 0, 0, [], []
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._take(beam_idx)
+
+    def _take(self, indices: torch.Tensor) -> None:
+        """Rows of the batch become these rows of it; a row stays with the part it came from."""
+        sources = indices.tolist()
+        for part in self.parts:
+            rows = [at for at, source in enumerate(sources) if source in part.rows]
+            local = torch.tensor([part.rows.index(sources[at]) for at in rows], dtype=torch.long)
+            for lane in part.lanes:
+                lane.reorder(local)
+            part.rows = rows
+        self.parts = [part for part in self.parts if part.rows]
+        if self.by_row and not self.prefix and any(len(part.rows) > 1 for part in self.parts):
+            raise InputError(
+                "rows of this plan's cache hold different entries and cannot be repeated",
+                remedy="use one beam, or a plan whose budget does not depend on the prompt",
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Overwritten entries cannot come back."""
+        raise InputError(
+            "a segment cache cannot be rolled back", remedy="assisted generation and prompt lookup need the full cache"
+        )
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take(torch.arange(sum(len(part.rows) for part in self.parts)).repeat_interleave(repeats))
+
+
+def _with_sink_logits(out: torch.Tensor, lse: torch.Tensor, call: Attention) -> torch.Tensor:
+    """out [B,H,T,D] after the model's learned logits, whose value is 0, took part in the softmax."""
+    if call.sink_logits is None:
+        return out
+    share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
+    return (out * share[..., None]).to(out.dtype)
