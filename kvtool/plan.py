@@ -3,7 +3,7 @@
     keep   which entries stay                store  how an entry is encoded
     read   which entries a query touches     draft  whether the cache only proposes
 
-The vocabulary of the slots is in `slots.py`. A slot that is None is lossless. Every plan carries its evidence (the
+The vocabulary of the slots is in `slots/`. A slot that is None is lossless. Every plan carries its evidence (the
 scores that led to it), the fingerprint of the model it was made for, and how it was made. It knows no method by name
 and no cache.
 """

@@ -5,8 +5,9 @@
 
     dump(value, "store") → JSON, {"store.scale": tensor, ...};   load(JSON, tensors) → value
 
-A record may hold scalars, None, tensors, records, and tuples of these. The class's name is its kind in the file; the
-set of kinds is closed: it is the classes of this package that derive from Record. It knows none of them.
+A record may hold scalars, None, tensors, records, and tuples and dictionaries (with names as keys) of these. The class's
+name is its kind in the file; the set of kinds is closed: it is the classes of this package that derive from Record. It
+knows none of them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def dump(value: Any, name: str, tensors: Tensors) -> Any:
         return {"kind": type(value).__name__, **inner}
     if isinstance(value, tuple):
         return [dump(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"items": {key: dump(item, f"{name}.{key}", tensors) for key, item in value.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a record cannot hold {type(value).__name__}")
@@ -56,6 +59,8 @@ def load(document: Any, tensors: Tensors) -> Any:
         return document
     if document.keys() == {"tensor"}:
         return tensors[document["tensor"]]
+    if document.keys() == {"items"}:
+        return {name: load(item, tensors) for name, item in document["items"].items()}
     kind = Record.kinds[document["kind"]]
     return kind(**{name: load(item, tensors) for name, item in document.items() if name != "kind"})
 

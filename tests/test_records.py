@@ -25,7 +25,7 @@ VALUES: tuple[Any, ...] = (
     Raw(), Affine(3, 8, "token", 0.8), TABLE, Ternary(32, "channel"), Hadamard(), Join(2), BASIS,
     Scale(torch.tensor([[0.5, float("inf")]])), Gather(torch.tensor([[3, 1]]), 8),
     Encoding(TABLE, (Join(2), BASIS, Hadamard()), Outliers(1, "token", 8), ErrorBasis(2, 8), False),
-    (Encoding(), Encoding(transforms=(BASIS, BASIS))),
+    (Encoding(), Encoding(transforms=(BASIS, BASIS))), {}, {"scale": torch.ones(2), "tensor": 3, "kind": ("x", None)},
 )  # fmt: skip
 
 
@@ -37,6 +37,9 @@ def equal(first: Any, second: Any) -> None:
     elif isinstance(first, Record):
         for field in fields(first):  # type: ignore[arg-type]
             equal(getattr(first, field.name), getattr(second, field.name))
+    elif isinstance(first, dict):
+        assert list(first) == list(second)
+        equal(tuple(first.values()), tuple(second.values()))
     elif isinstance(first, tuple):
         for one, other in zip(first, second, strict=True):
             equal(one, other)
@@ -79,7 +82,7 @@ def test_tensors_of_equal_records_have_names_of_their_own() -> None:
     assert tensors_of(Encoding()) == []
 
 
-@pytest.mark.parametrize("value", [[1], {"a": 1}, {1}, torch.float32, 1j, b"x", (1, [2]), Scale([1.0])])  # type: ignore[arg-type]
+@pytest.mark.parametrize("value", [[1], {1: 2}, {1}, torch.float32, 1j, b"x", (1, [2]), Scale([1.0])])  # type: ignore[arg-type]
 def test_what_no_record_holds(value: Any) -> None:
     with pytest.raises(TypeError, match="cannot hold"):
         dump(value, "slot", {})

@@ -57,7 +57,7 @@ def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt
 
 def _alone(spec: Select) -> bool:
     """May each head's count differ, so that each needs a lane of its own?"""
-    return spec.ragged and not spec.alike
+    return (spec.apart or spec.mass > 0 or spec.least > 0) and not spec.alike
 
 
 def _lane(
@@ -76,7 +76,8 @@ def _lane(
     options: dict[str, Any] = {}
     spec = plan.keep.select if plan.keep is not None else None
     if spec is not None:
-        options["selector"] = Selector(spec, spec.budget[layer, heads].tolist(), layer, heads, prompt_length)
+        budget = spec.budget[layer, heads].tolist()
+        options["selector"] = Selector(spec, budget, layer, heads, prompt_length, model.rotary(layer))
         if plan.keep is not None and plan.keep.position == "reindex":
             options |= {"rotary": model.rotary(layer), "reindex": True}
     if plan.store is not None and policy[1] != RAW:

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import torch
 
 from kvtool.cache.lane import Lane, Partial, Step
-from kvtool.cache.merging import merged
 from kvtool.cache.pool import Member
 from kvtool.cache.reader import Reader
+from kvtool.cache.scores._base import View
 from kvtool.cache.segments import Coded, Dense, Segment
 from kvtool.cache.selector import Selector
 from kvtool.cache.shared import Shared
@@ -58,7 +58,8 @@ class Bulk(Lane):
         self.sinks, self.recent = Dense(), Dense()
         self.bulk: Segment = self._fresh()
         self.shared: list[Shared] = []
-        self.positions: torch.Tensor | None = None  # int64 [B,K,N] of all entries not shared, where keys need them
+        self.positions: torch.Tensor | None = None  # int64 [B,K,N] of all entries not shared, where they are needed
+        self.tokens: torch.Tensor | None = None  # int64 [B,K,N], where the selector looks at them
         self.fed = self.origin = 0
         self.finished = self.selector is None
 
@@ -106,12 +107,15 @@ class Bulk(Lane):
 
     def _observe(self, q: torch.Tensor, step: Step) -> None:
         """The queries of the newest entries are there: the selector remembers them, and evicts if it does so now."""
-        idle = self.finished and self.selector is not None and self.selector.spec.when != "step"
-        if self.selector is None or idle or not q.shape[2]:
+        if self.selector is None or self._settled() or not q.shape[2]:
             return
-        self.selector.observe(q, self.fed - q.shape[2])
+        self.look(q, step)
         if self.finished or self.selector.spec.when == "chunk":
             self.evict(step)
+
+    def _settled(self) -> bool:
+        """Will nothing be selected any more?"""
+        return self.selector is None or (self.finished and self.selector.spec.when != "step")
 
     def _receive(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self.recent.append(k, v)
@@ -119,6 +123,11 @@ class Bulk(Lane):
         if self.positions is not None:
             new = torch.arange(self.fed, self.fed + k.shape[2], device=k.device)
             self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], -1)], dim=2)
+        if self.selector is not None and "tokens" in self.selector.needs and not self._settled():
+            if step.tokens is None:
+                raise InputError("the plan looks at tokens", got="input embeddings", remedy="pass input_ids")
+            tokens = step.tokens.to(k.device)[:, None].expand(-1, len(self.heads), -1)
+            self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=2)
         self.fed += k.shape[2]
 
     def _attend(self, q: torch.Tensor, step: Step, *, causal: bool) -> Partial:
@@ -211,37 +220,64 @@ class Bulk(Lane):
         self.finished = True
         if self.selector is not None:
             self.selector.finish()
+            self.tokens = self.tokens if self.selector.spec.when == "step" else None
         self._move()
 
-    def scores(self, step: Step) -> torch.Tensor:
-        """Of the entries held, which must all be recent, [B,K,S]."""
+    def look(self, q: torch.Tensor, step: Step) -> None:
+        """Let the selector see q [B,H,T,D], the queries of the newest entries, which must all be recent."""
         assert self.selector is not None
-        return self.selector.scores(*self.recent.recall(), step)
+        self.selector.observe(q, self.fed - q.shape[2], *self.recent.recall(), step, self._tags())
+
+    def view(self, step: Step) -> View:
+        """The entries held, which must all be recent, and the queries that were observed."""
+        assert self.selector is not None
+        return self.selector.view(*self.recent.recall(), step, self._tags())
+
+    def _tags(self) -> dict[str, torch.Tensor]:
+        """What the selector's rules need to know of the entries held, which must all be recent, int64 [B,K,S]."""
+        assert self.selector is not None
+        tags: dict[str, torch.Tensor] = {}
+        if "positions" in self.selector.needs:
+            places = self.positions
+            if places is None:
+                k = self.recent.keys()
+                places = torch.arange(self.fed - k.shape[2], self.fed, device=k.device).expand(*k.shape[:2], -1)
+            tags["positions"] = places + self.origin
+        if self.tokens is not None:
+            tags["tokens"] = self.tokens
+        return tags
 
     def evict(self, step: Step) -> None:
         """Keep what the selector's limit allows; with nothing to drop or to remember, nothing is scored."""
         assert self.selector is not None
         if self.selector.queries:
-            self.thin(self.scores(step), self.selector.limit)
+            view = self.view(step)
+            scores = self.selector.scores(view)
+            self.thin(view, scores, self.selector.due(self.recent.length, self.fed), scores)
 
-    def thin(self, scores: torch.Tensor, limit: int) -> None:
-        """Of the entries held, which must all be recent, keep the `limit` best by scores [B,K,S], if there are more."""
+    def thin(self, view: View, scores: torch.Tensor, count: int, peers: torch.Tensor) -> None:
+        """Of the entries in view, which are all that are held, keep `count` by scores [B,K,S], if there are more; peers
+        as in `Choice`."""
         assert self.selector is not None
         spec, held = self.selector.spec, self.recent.length
-        if held > limit:
-            index = self.selector.choose(scores, limit)
-            scores = scores.gather(2, index)
+        limit = self.selector.limit or count
+        if held > count or self.selector.picking.RAGGED:
+            index = self.selector.choose(view, scores, count, peers)
             if spec.merge == "drop":
                 self.recent.take(index)
             else:
-                self.recent.become(*merged(*self.recent.recall(), self.recent.counts(), index, spec), count=spec.count)
+                merged = self.selector.merging.merge(self.selector.job(view, scores, self.recent.counts(), index))
+                self.recent.become(*merged, count=spec.count)
+            scores = scores.gather(2, index)
             self._place(index, held)
         self.selector.settle(scores, limit)
 
     def _place(self, index: torch.Tensor, held: int) -> None:
         """Entries index int64 [B,K,N] of those held have stayed: note their positions where keys need them, or move
         their keys so that they stand right before the next token; all held stood so before."""
-        key = self.encodings[0]
+        key, selector = self.encodings[0], self.selector
+        if self.tokens is not None:
+            self.tokens = self.tokens.gather(2, index)
         if self.reindex and self.rotary is not None:
             source = index + self.fed - held + self.origin
             target = torch.arange(self.fed - index.shape[2], self.fed, device=index.device).expand_as(index)
@@ -251,7 +287,10 @@ class Bulk(Lane):
             index = target
         elif self.positions is not None:
             index = self.positions.gather(2, index)
-        if key is not None and not key.rotated:
+        else:
+            index = index + self.fed - held
+        wanted = selector is not None and selector.spec.when != "prefill" and "positions" in selector.needs
+        if wanted or (key is not None and not key.rotated):
             self.positions = index.contiguous()
 
     def _bulk_positions(self, low: int, high: int) -> torch.Tensor:
@@ -273,8 +312,7 @@ class Bulk(Lane):
     def buffers(self) -> Iterator[torch.Tensor]:
         for segment in self._everything():
             yield from segment.buffers()
-        if self.positions is not None:
-            yield self.positions
+        yield from (tag for tag in (self.positions, self.tokens) if tag is not None)
         for part in (self.selector, self.reader):
             if part is not None:
                 yield from part.buffers()
@@ -294,6 +332,8 @@ class Bulk(Lane):
             segment.reorder(rows)
         if self.positions is not None:
             self.positions = self.positions[rows]
+        if self.tokens is not None:
+            self.tokens = self.tokens[rows]
         for part in (self.selector, self.reader):
             if part is not None:
                 part.reorder(rows)

@@ -22,6 +22,7 @@ Partial = tuple[torch.Tensor, torch.Tensor]
 class Step:
     """One call's circumstances. `start`: tokens seen before; `origin`: the position of the first of them that RoPE was
     given; `strict`: compression acts within prefill as it does in decode, so that a prompt's cut makes no difference.
+    `tokens` int64 [B,T]: their ids, where they are known.
     """
 
     start: int
@@ -29,6 +30,7 @@ class Step:
     softcap: float | None = None
     strict: bool = False
     origin: int = 0
+    tokens: torch.Tensor | None = None
 
     @property
     def options(self) -> dict[str, Any]:

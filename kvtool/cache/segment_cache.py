@@ -24,6 +24,7 @@ from kvtool.cache.selection import select
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
+from kvtool.slots import Select
 
 Protocol = Literal["official", "strict"]
 
@@ -142,7 +143,7 @@ class SegmentCache(Cache):
         """Keep the queries that a cache of `plan` needs to adopt this one."""
         spec = plan.keep.select if plan.keep is not None else None
         for layer in self.segments:
-            layer.record = 0 if spec is None else spec.observed if spec.observe == "last" else -1
+            layer.record = 0 if spec is None else _recorded(spec)
 
     def adopt(self, full: SegmentCache) -> None:
         """Start from a prompt (unpadded) that the full cache `full` was fed at once.
@@ -182,3 +183,9 @@ class SegmentCache(Cache):
 
     def _all(self) -> Iterator[Lane]:
         return (lane for layer in self.segments for lane in layer.lanes())
+
+
+def _recorded(spec: Select) -> int:
+    """How many of a prompt's newest queries a selection looks at; −1 all."""
+    few = spec.observe == "last" and spec.observed >= 1 and spec.rule("score").SEES != "own"
+    return int(spec.observed) if few else -1

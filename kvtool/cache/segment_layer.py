@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from kvtool.cache.bulk import Bulk
 from kvtool.cache.lane import Lane, Step
 from kvtool.errors import InputError
 from kvtool.serving import Attention, Layer
@@ -76,6 +77,7 @@ class SegmentLayer(Layer):
         self.softcap: float | None = None
         self.record = 0  # how many of the newest queries to keep for caches that adopt this one; −1 all
         self.queries: list[torch.Tensor] = []
+        self.tokens: list[torch.Tensor] = []  # all that were fed, where queries are recorded
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         self.scale, self.softcap = call.scale, call.softcap
@@ -86,17 +88,18 @@ class SegmentLayer(Layer):
         if q.shape[2] == 1 and self.columns:
             self.finish()
         if self.record:
-            self._remember(q)
+            self._remember(q, call.tokens)
         start, self.columns = self.columns, self.columns + k.shape[2]
         if len(self.parts) == 1 and self.parts[0].rows == list(range(len(q))) and not self.parts[0].padding:
-            out, lse = self.parts[0].step(q, k, v, self._step(self.parts[0]))
+            out, lse = self.parts[0].step(q, k, v, self._step(self.parts[0], call.tokens))
         else:
             out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wider(q.dtype))
             for part in self.parts:
                 skip = max(0, part.padding - start)
                 if skip < q.shape[2]:
                     at = (part.rows, slice(None), slice(skip, None))
-                    out[at], lse[at] = part.step(q[at], k[at], v[at], self._step(part))
+                    tokens = None if call.tokens is None else call.tokens[part.rows][:, skip:]
+                    out[at], lse[at] = part.step(q[at], k[at], v[at], self._step(part, tokens))
         if start == 0:
             self.filled(self)
         return _with_sink_logits(out, lse, call)
@@ -107,9 +110,9 @@ class SegmentLayer(Layer):
         out, lse = self.parts[0].trial(q, k, v, self._step(self.parts[0]))
         return _with_sink_logits(out, lse, call)
 
-    def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """As `Lane.absorb`, for the one row that is held."""
-        self.parts[0].absorb(q, k, v, self._step(self.parts[0]))
+    def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
+        """As `Lane.absorb`, for the one row that is held; tokens int64 [1,T]."""
+        self.parts[0].absorb(q, k, v, self._step(self.parts[0], tokens))
         self.columns += k.shape[2]
 
     @property
@@ -117,8 +120,8 @@ class SegmentLayer(Layer):
         """Is one row held, without padding?"""
         return len(self.parts) == 1 and self.parts[0].rows == [0] and not self.parts[0].padding
 
-    def _step(self, part: Part) -> Step:
-        return Step(part.fed, self.scale, self.softcap, self.strict, part.origin)
+    def _step(self, part: Part, tokens: torch.Tensor | None = None) -> Step:
+        return Step(part.fed, self.scale, self.softcap, self.strict, part.origin, tokens)
 
     def _admit(self, batch: int, end: int, call: Attention | None = None) -> None:
         """Give rows whose first token has come a part: rows with equal padding share one, unless `by_row`."""
@@ -147,8 +150,10 @@ class SegmentLayer(Layer):
         if self.columns == self.prefix and len(self.parts[0].rows) == 1:
             self._take(torch.zeros(batch, dtype=torch.long))
 
-    def _remember(self, q: torch.Tensor) -> None:
-        """Keep the newest queries; the last chunk may bring more than are asked for."""
+    def _remember(self, q: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        """Keep the newest queries, and all tokens; the last chunk may bring more than are asked for."""
+        if tokens is not None:
+            self.tokens.append(tokens)
         self.queries.append((q if self.record < 0 else q[:, :, -self.record :]).clone())  # a view would keep all of q
         while self.record > 0 and sum(x.shape[2] for x in self.queries[1:]) >= self.record:
             self.queries.pop(0)
@@ -162,16 +167,16 @@ class SegmentLayer(Layer):
         k, v, first = theirs.recall()
         self._admit(len(k), other.columns)
         self.scale, self.softcap = other.scale, other.softcap
+        tokens = torch.cat(other.tokens, dim=1) if other.tokens else None
         for part in self.parts:
             part.origin = other.parts[0].origin
+            own = None if tokens is None else tokens[part.rows]
+            now = Step(first, self.scale, self.softcap, origin=part.origin, tokens=own)
             for lane in part.lanes:
-                now = Step(first, 1.0, origin=part.origin)
                 lane.absorb(k[part.rows][:, lane.heads], v[part.rows][:, lane.heads], now)
-                selector = getattr(lane, "selector", None)
-                if selector is not None:
+                if isinstance(lane, Bulk) and lane.selector is not None:
                     q = torch.cat(other.queries, dim=2)[part.rows]
-                    grouped = q.unflatten(1, (k.shape[1], -1))[:, lane.heads].flatten(1, 2)
-                    selector.observe(grouped, other.columns - q.shape[2])
+                    lane.look(q.unflatten(1, (k.shape[1], -1))[:, lane.heads].flatten(1, 2), now)
             part.fed = other.columns
         self.columns = other.columns
 
@@ -188,7 +193,7 @@ class SegmentLayer(Layer):
         return (lane for part in self.parts for lane in part.lanes)
 
     def reset(self) -> None:
-        self.columns, self.prefix, self.parts, self.queries = 0, 0, [], []
+        self.columns, self.prefix, self.parts, self.queries, self.tokens = 0, 0, [], [], []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._take(beam_idx)

@@ -1,8 +1,8 @@
-"""Scored eviction, stage by stage: observe → score → pool → reduce over the group → budget → select.
+"""Scored eviction in one lane, stage by stage: observe → score → pool → reduce over the group → pick.
 
 A `Selector` belongs to one lane. It keeps the queries that its rule looks at until they have scored the entries held;
-`scores` runs the first stages, `limits` the budget, `choose` the last one. What a layer's or the model's heads share is
-decided by the caller, who sees all lanes; what becomes of the others is in `merging.py`.
+`scores` runs the first stages, `limits` resolves budgets, `choose` picks. What the heads of a layer or of the model
+share is dealt out by the caller, who sees all lanes (`selection.py`); what becomes of the others is in `merges/`.
 
 Shapes as in `lane.py`; S entries held, in order. A query's place among them is counted from the end, since what was
 evicted stood before it.
@@ -14,12 +14,15 @@ from collections.abc import Iterator
 
 import torch
 
-from kvtool import registry
 from kvtool.cache.lane import Step
+from kvtool.cache.merges._base import Job
+from kvtool.cache.picks._base import Choice
 from kvtool.cache.scores._base import View
+from kvtool.rotary import NONE, Rotary
 from kvtool.slots import Select
 
 PROBED = 0.05  # share of the newest queries, and of the others, that "probes" looks at (ZipCache, section 4.2)
+Tags = dict[str, torch.Tensor]
 
 
 class Selector:
@@ -28,29 +31,51 @@ class Selector:
     `prompt_length` resolves budgets that are a share of the prompt where entries go before all of it is in.
     """
 
-    def __init__(self, spec: Select, budget: list[float], layer: int, heads: list[int], prompt_length: int = 0):
-        self.spec, self.budget, self.layer, self.heads = spec, budget, layer, heads
-        self.rule = registry.module("cache/scores", spec.score, "score")
+    def __init__(
+        self, spec: Select, budget: list[float], layer: int, heads: list[int], prompt_length: int = 0,
+        rotary: Rotary = NONE,
+    ):  # fmt: skip
+        self.spec, self.budget, self.layer, self.heads, self.rotary = spec, budget, layer, heads, rotary
+        self.rule, self.picking, self.merging = spec.rule("score"), spec.rule("pick"), spec.rule("merge")
+        self.needs = {need for rule in (self.rule, self.picking, self.merging) for need in getattr(rule, "NEEDS", ())}
         self.prompt_length = prompt_length
         self.queries: list[torch.Tensor] = []
         self.first: list[int] = []
         self.running: torch.Tensor | None = None  # scores of the entries held, if they will be scored again
+        self.memory: Tags = {}  # what the merging rule keeps
         self.turn = 0
         self.limit = 0  # entries a head may hold, once that is settled
-        if self.spec.when == "chunk":
+        if spec.when == "chunk":
             self.limit = self.limits(self.prompt_length)[0]
 
-    def observe(self, q: torch.Tensor, start: int) -> None:
-        """Remember the queries q [B,H,T,D] at positions start … that the rule may look at."""
-        if not self.rule.QUERIES:
+    def observe(self, q: torch.Tensor, start: int, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags) -> None:
+        """q [B,H,T,D] at positions start …, the newest: remember those that the rule may look at. k, v [B,K,S,D] are
+        the entries that end with the queries' own."""
+        if self.rule.SEES == "own":
+            self._score_own(q, k, v, step, tags)
+        if self.rule.SEES != "queries":
             q, start = q[:, :, :0], start + q.shape[2]
         elif self.spec.observe == "last":
-            q, start = q[:, :, -self.spec.observed :], start + max(0, q.shape[2] - self.spec.observed)
-            while self.queries and sum(x.shape[2] for x in self.queries[1:]) + q.shape[2] >= self.spec.observed:
+            most = self._most()
+            q, start = q[:, :, -most:], start + max(0, q.shape[2] - most)
+            while self.queries and sum(x.shape[2] for x in self.queries[1:]) + q.shape[2] >= most:
                 self.queries.pop(0)
                 self.first.pop(0)
         self.queries.append(q.clone())
         self.first.append(start)
+
+    def _most(self) -> int:
+        """Newest queries that may be looked at; all that come, while a share of them is not known."""
+        if self.running is not None and self.spec.history:
+            return self.spec.history
+        return int(self.spec.observed) if self.spec.observed >= 1 else 1 << 62
+
+    def _score_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags) -> None:
+        count = q.shape[2]
+        tags = {name: tag[:, :, -count:] for name, tag in tags.items()}
+        view = self._view(q, torch.arange(count, device=q.device), k[:, :, -count:], v[:, :, -count:], step, tags)
+        new = self.rule.score(view)
+        self.running = new if self.running is None else torch.cat([self.running, new], dim=2)
 
     def _observed(self, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B,H,N,D] and their places int64 [N] among so many entries, of which the last is the newest query's own."""
@@ -58,7 +83,8 @@ class Selector:
         rows = torch.cat([torch.arange(at, at + x.shape[2]) for at, x in zip(self.first, self.queries, strict=True)])
         rows += entries - self.first[-1] - self.queries[-1].shape[2]
         if self.spec.observe == "last":
-            q, rows = q[:, :, -self.spec.observed :], rows[-self.spec.observed :]
+            most = self._most() if self.spec.observed >= 1 else max(1, round(self.spec.observed * len(rows)))
+            q, rows = q[:, :, -most:], rows[-most:]
         elif self.spec.observe == "probes" and len(rows):
             count = max(1, round(PROBED * len(rows)))
             others = torch.randperm(len(rows) - count, generator=torch.Generator().manual_seed(self.spec.seed))[:count]
@@ -66,20 +92,40 @@ class Selector:
             q, rows = q[:, :, chosen.to(q.device)], rows[chosen]
         return q, rows.to(q.device)
 
-    def scores(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> torch.Tensor:
-        """Scores of the entries k, v [B,K,S,D] per KV head, [B,K,S], old scores included."""
-        q, rows = self._observed(k.shape[2])
-        view = View(q, rows, k, v, step.scale, step.softcap, self.spec, self.layer, self.heads, self.turn)
-        new = self.rule.score(view)
-        split = (k.shape[1], new.shape[1] // k.shape[1])
-        if self.spec.group_first:
-            new = self._pooled(self._grouped(new.unflatten(1, split)))
+    def view(self, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags) -> View:
+        """The entries k, v [B,K,S,D] and the observed queries."""
+        return self._view(*self._observed(k.shape[2]), k, v, step, tags)
+
+    def _view(
+        self, q: torch.Tensor, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags
+    ) -> View:
+        return View(
+            q, rows, k, v, step.scale, step.softcap, self.spec, self.layer, self.heads, self.turn, tags, self.rotary
+        )
+
+    def scores(self, view: View) -> torch.Tensor:
+        """Scores of the entries in view per KV head, [B,K,S], old scores included."""
+        if self.rule.SEES == "own":
+            assert self.running is not None
+            new = self.running
         else:
-            new = self._grouped(self._pooled(new).unflatten(1, split))
-        if self.running is not None and self.rule.QUERIES:
-            old = torch.nn.functional.pad(self.spec.decay * self.running, (0, k.shape[2] - self.running.shape[2]))
-            new = torch.maximum(old, new) if self.spec.reduce == "max" else old + new
+            new = self._reduced(self.rule.score(view))
+            if self.running is not None and self.rule.SEES == "queries":
+                lacking = view.k.shape[2] - self.running.shape[2]
+                old = torch.nn.functional.pad(self.spec.decay * self.running, (0, lacking))
+                new = torch.maximum(old, new) if self.spec.reduce == "max" else old + new
         return new.mean(1, keepdim=True).expand_as(new) if self.spec.alike else new
+
+    def _reduced(self, scores: torch.Tensor) -> torch.Tensor:
+        """[B,H,S] or [B,K,S] → [B,K,S], pooled."""
+        kv_heads = len(self.heads)
+        group = scores.shape[1] // kv_heads
+        if self.spec.weights is not None and self.rule.SEES == "queries":
+            factors = self.spec.weights[self.layer].unflatten(0, (-1, group))[self.heads].flatten()
+            scores = scores * factors.to(scores)[:, None]
+        if self.spec.group_first:
+            return self._pooled(self._grouped(scores.unflatten(1, (kv_heads, group))))
+        return self._grouped(self._pooled(scores).unflatten(1, (kv_heads, group)))
 
     def _grouped(self, scores: torch.Tensor) -> torch.Tensor:
         """[B,K,G,S] → [B,K,S]."""
@@ -95,7 +141,7 @@ class Selector:
 
     def free(self, entries: int) -> slice:
         """The entries, of so many, that do not stay whatever they score; at decode steps the newest always stays."""
-        recent = max(self.spec.recent, int(self.spec.when == "step" and self.running is not None))
+        recent = max(self.spec.recent, int(self.spec.when == "step" and self.turn > 0))
         low = min(self.spec.sink, entries)
         return slice(low, max(low, entries - recent))
 
@@ -103,17 +149,23 @@ class Selector:
         """Entries that each head may hold after a prompt of so many."""
         return [max(1, round(b * entries)) if b <= 1 else int(b) for b in self.budget]
 
-    def choose(self, scores: torch.Tensor, count: int) -> torch.Tensor:
-        """What always stays, and the best of scores [B,K,S]: `count` entries, in order, int64 [B,K,count]. Ties go to
-        the newer entry."""
-        free, scores = self.free(scores.shape[2]), scores.clone()
-        scores[..., : free.start] = scores[..., free.stop :] = float("inf")
-        flipped = torch.argsort(scores.flip(-1), dim=-1, descending=True, stable=True)[..., :count]
-        return (scores.shape[2] - 1 - flipped).sort(-1).values
+    def due(self, held: int, fed: int) -> int:
+        """How many of so many entries stay at a decode step, after `fed` tokens in all."""
+        limit = self.limits(fed)[0] if self.spec.growing else self.limit
+        return held if held <= limit else max(1, limit - self.spec.slack)
+
+    def choose(self, view: View, scores: torch.Tensor, count: int, peers: torch.Tensor) -> torch.Tensor:
+        """The entries that stay, in order, int64 [B,K,N]; peers as in `Choice`."""
+        return self.picking.pick(Choice(view, scores, count, self.free(scores.shape[2]), peers))
+
+    def job(self, view: View, scores: torch.Tensor, counts: torch.Tensor, index: torch.Tensor) -> Job:
+        """What the merging rule is given."""
+        return Job(view, scores, counts, index, self.memory)
 
     def settle(self, scores: torch.Tensor, limit: int) -> None:
         """A choice is made: forget the queries, and remember what the next one needs of scores [B,K,N] of the kept."""
-        self.queries, self.first = [], []
+        if not (self.spec.history and self.spec.when == "step"):
+            self.queries, self.first = [], []
         if self.spec.when != "prefill":
             self.running, self.limit = scores.contiguous(), limit
             self.turn += 1
@@ -125,9 +177,11 @@ class Selector:
 
     def buffers(self) -> Iterator[torch.Tensor]:
         yield from self.queries
+        yield from self.memory.values()
         if self.running is not None:
             yield self.running
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.queries = [q[rows] for q in self.queries]
+        self.memory = {name: tensor[rows] for name, tensor in self.memory.items()}
         self.running = None if self.running is None else self.running[rows]

@@ -27,9 +27,11 @@ class TrialLayer(Layer):
         super().__init__()
         self.held = held
         self.scratch: list[torch.Tensor] = []
+        self.tokens: list[torch.Tensor] = []
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         new = [q, k, v]
+        self.tokens += [] if call.tokens is None else [call.tokens]
         self.scratch = [torch.cat(pair, dim=2) for pair in zip(self.scratch, new, strict=True)] if self.scratch else new
         _, keys, values = self.scratch
         return self.held.trial(q, keys, values, call)
@@ -51,12 +53,13 @@ class Trial(Cache):
     def drop(self) -> None:
         """Forget the tokens on trial."""
         for layer in self.trials:
-            layer.scratch = []
+            layer.scratch, layer.tokens = [], []
 
     def keep(self, count: int, *caches: SegmentCache) -> None:
         """The first `count` tokens on trial are kept by these caches; the others are forgotten."""
         for index, layer in enumerate(self.trials if count else ()):
             q, k, v = (x[:, :, :count] for x in layer.scratch)
+            tokens = torch.cat(layer.tokens, dim=1)[:, :count] if layer.tokens else None
             for cache in caches:
-                cache.segments[index].absorb(q, k, v)
+                cache.segments[index].absorb(q, k, v, tokens)
         self.drop()

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from kvtool import registry
+from kvtool.cache.budgets._base import covering, dealt
 from kvtool.cache.lane import Step
-from kvtool.cache.merging import merged
+from kvtool.cache.merges._base import Job
 from kvtool.cache.scores._base import View
 from kvtool.cache.segments import Dense
-from kvtool.cache.selection import covering, dealt
 from kvtool.cache.selector import Selector
 from kvtool.errors import InputError
 from kvtool.slots import Select
@@ -38,9 +38,26 @@ def selector(budget: float = 0.5, **options) -> Selector:
 
 def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, **options) -> torch.Tensor:
     """Scores [B,K,S] of a prompt fed at once."""
-    made = selector(**options)
-    made.observe(q, 0)
-    return made.scores(k, k if v is None else v, STEP)
+    return scored(selector(**options), q, k, k if v is None else v)
+
+
+def scored(made: Selector, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Scores [B,K,S] of entries that the queries q, the newest, are shown."""
+    made.observe(q, 0, k, v, STEP, {})
+    return made.scores(made.view(k, v, STEP, {}))
+
+
+def chosen(made: Selector, scores: torch.Tensor, count: int) -> torch.Tensor:
+    """What stays of entries with these scores."""
+    k = torch.zeros(*scores.shape, D)
+    view = View(k, torch.arange(k.shape[2]), k, k, 1.0, None, made.spec, 0, made.heads)
+    return made.choose(view, scores, count, scores)
+
+
+def merged(k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor, index: torch.Tensor, options: Select):
+    """Entries k, v and how many each stands for, after merging into those at index."""
+    view = View(k, torch.arange(k.shape[2]), k, v, 1.0, None, options, 0, list(range(k.shape[1])))
+    return options.rule("merge").merge(Job(view, counts, counts, index))
 
 
 def raw(q: torch.Tensor, k: torch.Tensor, **options) -> torch.Tensor:
@@ -64,7 +81,7 @@ def test_uniform_attention_sums_to_harmonic_numbers(n: int) -> None:
     close(sums[0, 0], torch.tensor([harmonic(n) - harmonic(j) for j in range(n)]))
     close(sums.sum(-1), torch.full((1, H), float(n)))
     made = selector(max(1, n // 4))
-    same(made.choose(score(torch.zeros(1, H, n, D), random(1, K, n, D), observe="all", reduce="sum"), max(1, n // 4)),
+    same(chosen(made, score(torch.zeros(1, H, n, D), random(1, K, n, D), observe="all", reduce="sum"), max(1, n // 4)),
          torch.arange(max(1, n // 4)).expand(1, K, -1))  # fmt: skip
 
 
@@ -113,8 +130,7 @@ def test_noise_depends_on_seed_and_head_but_not_on_the_batch() -> None:
         assert not torch.equal(first, other)
         assert not torch.equal(first[0, 0], first[0, 1])
         alone = Selector(spec(score=rule, seed=1), [0.5], 0, [1])
-        alone.observe(q[:, 2:], 0)
-        close(alone.scores(k[:, 1:], k[:, 1:], STEP), first[:, 1:])
+        close(scored(alone, q[:, 2:], k[:, 1:], k[:, 1:]), first[:, 1:])
 
 
 def test_keys_unlike_the_others_score_highest() -> None:
@@ -138,7 +154,7 @@ def test_the_neighbours_of_what_the_window_looks_at(pool: str, place: int) -> No
     q = torch.ones(1, H, 67, D) * 10
     made = score(q, k, observed=4, pool=pool, kernel=5, reduce="mean")
     close(made[0, 0, place - 2 : place + 3], torch.full((5,), 1.0 if pool == "max" else 0.2))
-    kept = selector(9, recent=4).choose(made, 9)
+    kept = chosen(selector(9, recent=4), made, 9)
     assert kept[0, 0].tolist() == sorted({*range(place - 2, place + 3), 63, 64, 65, 66})
 
 
@@ -200,9 +216,9 @@ def test_bad_selections_are_refused(budget: float) -> None:
 
 def test_what_always_stays_stays_and_ties_go_to_the_newer() -> None:
     made = selector(6, sink=2, recent=3)
-    same(made.choose(torch.zeros(1, K, 20), 6)[0, 0], torch.tensor([0, 1, 16, 17, 18, 19]))
-    same(made.choose(torch.arange(20.0).flip(0).expand(1, K, -1), 6)[0, 0], torch.tensor([0, 1, 2, 17, 18, 19]))
-    same(made.choose(torch.zeros(1, K, 3), 3)[0, 0], torch.arange(3))
+    same(chosen(made, torch.zeros(1, K, 20), 6)[0, 0], torch.tensor([0, 1, 16, 17, 18, 19]))
+    same(chosen(made, torch.arange(20.0).flip(0).expand(1, K, -1), 6)[0, 0], torch.tensor([0, 1, 2, 17, 18, 19]))
+    same(chosen(made, torch.zeros(1, K, 3), 3)[0, 0], torch.arange(3))
 
 
 @pytest.mark.parametrize("place", [0, 77, 150])
@@ -214,8 +230,8 @@ def test_a_needle_survives_where_noise_drops_it(place: int) -> None:
 
     def kept(**options) -> torch.Tensor:
         made = selector(20, recent=4, observed=16, **options)
-        made.observe(q, 0)
-        return (made.choose(made.scores(k, k, STEP), 20) == place).any(-1)
+        made.observe(q, 0, k, k, STEP, {})
+        return (chosen(made, made.scores(made.view(k, k, STEP, {})), 20) == place).any(-1)
 
     for rule in ("attention", "value-attention", "above-average"):
         assert bool(kept(score=rule, pool="max", kernel=3).all())

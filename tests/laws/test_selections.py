@@ -214,7 +214,7 @@ def test_a_budget_of_the_model_goes_to_the_best_scores_of_all_layers() -> None:
     cache = SegmentCache(model, selecting(model, "layer", spread="model", observed=4, recent=0, sink=0))
     feed(model, cache, IDS[:, :PROMPT], [PROMPT])
     step = Step(0, cache.segments[0].scale)
-    rows = [lane.scores(step)[0, 0] for layer in cache.segments for lane in layer.lanes()]
+    rows = [lane.selector.scores(lane.view(step))[0, 0] for layer in cache.segments for lane in layer.lanes()]
     border = torch.stack(rows).flatten().sort(descending=True).values[6 * 8]
     cache.finish()
     assert int(cache.entries().sum()) == 6 * 8

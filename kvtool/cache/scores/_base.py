@@ -1,7 +1,12 @@
 """What a scoring rule is given, and the stages that rules share.
 
-A rule is a file with `QUERIES`, which says whether it looks at queries, and `score(view) -> Tensor`, higher for entries
-worth keeping: fp32 [B,H,S] if it does (the pipeline reduces the GQA group), [B,K,S] if it does not.
+A rule is a file with `SEES` and `score(view) -> Tensor`, higher for entries worth keeping. It sees
+
+    "queries"   the observed queries: [B,H,S] (the pipeline reduces the GQA group)
+    "entries"   keys and values alone: [B,K,S]
+    "own"       each entry once, as it comes, with its own token's query: [B,K,S]; its score stays what it was then
+
+and `NEEDS`, if it looks at the entries' "positions" or "tokens", which are remembered only then.
 
     p_ij = softmax_j(scale · q_i · k_j / τ) over the entries that query i sees;   s_j = reduce_i f(p_ij)
 
@@ -11,11 +16,12 @@ Queries come a block at a time, so no N×S matrix is held.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from zlib import crc32
 
 import torch
 
+from kvtool.rotary import NONE, Rotary
 from kvtool.slots import Select
 from kvtool_kernels.precision import wide
 
@@ -29,6 +35,8 @@ class View:
     `rows` int64 [N] among them. A query sees entries up to its own place.
 
     layer, heads: where the K heads are in the model; turn: how often these entries were scored before.
+    tags: int64 [B,K,S], the entries' "positions" (what RoPE was given) and "tokens", for rules that need them.
+    rotary: the layer's rotation.
     """
 
     q: torch.Tensor
@@ -41,6 +49,16 @@ class View:
     layer: int
     heads: list[int]
     turn: int = 0
+    tags: dict[str, torch.Tensor] = field(default_factory=dict)
+    rotary: Rotary = NONE
+
+    def table(self, name: str) -> torch.Tensor:
+        """What the rule was calibrated with, of this layer."""
+        return self.spec.tables[name][self.layer].to(self.k.device)
+
+    def unrotated(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B,K,S,D] that stand where the entries stand, such as their keys, before RoPE."""
+        return self.rotary.unrotate(x, self.rotary.table(self.tags["positions"]))
 
     @property
     def group(self) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from kvtool.cache.scores._base import View, probabilities, reduced
 
-QUERIES = True
+SEES = "queries"
 
 
 def score(view: View) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from kvtool.cache.scores._base import View
 from kvtool_kernels.precision import wide
 
-QUERIES = False
+SEES = "entries"
 
 
 def score(view: View) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from kvtool.cache.scores._base import View
 
-QUERIES = False
+SEES = "entries"
 
 
 def score(view: View) -> torch.Tensor:

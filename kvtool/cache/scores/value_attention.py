@@ -12,7 +12,7 @@ import torch
 from kvtool.cache.scores._base import View, probabilities, reduced
 from kvtool_kernels.precision import wide
 
-QUERIES = True
+SEES = "queries"
 
 
 def score(view: View) -> torch.Tensor:

@@ -1,0 +1,12 @@
+"""Each head keeps its own budget."""
+
+from __future__ import annotations
+
+from kvtool.cache.budgets._base import Ballot, Limits
+
+LEVEL = "head"
+APART = False
+
+
+def deal(ballots: list[Ballot]) -> Limits:
+    return [ballot.limits for ballot in ballots]

@@ -1,0 +1,10 @@
+"""Averaged into the kept entry whose key has the largest cosine with its own (D2O: Wan et al., arXiv 2406.13035)."""
+
+from __future__ import annotations
+
+from kvtool.cache.merges._base import Job, Merged, cosines, joined
+
+
+def merge(job: Job) -> Merged:
+    best, owner = cosines(job.view.k, job.index)
+    return joined(job, best, owner)

@@ -1,0 +1,37 @@
+"""What a picking rule is given.
+
+A rule is a file with `RAGGED`, which says whether it may choose another number of entries than it is asked for, and
+`pick(choice) -> int64 [B,K,N]`: the entries that stay, in order. What always stays is among them. A ragged rule is
+asked for one row and one head at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtool.cache.scores._base import View
+
+
+@dataclass(frozen=True)
+class Choice:
+    """scores [B,K,S] of the entries in `view`, of which `count` shall stay, and whatever lies outside `free`.
+
+    peers: scores [B,R,S] of all heads whose entries are chosen together with these, the lane's own among them.
+    """
+
+    view: View
+    scores: torch.Tensor
+    count: int
+    free: slice
+    peers: torch.Tensor
+
+
+def best(scores: torch.Tensor, count: int, free: slice) -> torch.Tensor:
+    """What lies outside `free`, and the best of scores [B,K,S]: `count` entries, in order, int64 [B,K,count]. Ties go
+    to the newer entry."""
+    scores = scores.clone()
+    scores[..., : free.start] = scores[..., free.stop :] = float("inf")
+    flipped = torch.argsort(scores.flip(-1), dim=-1, descending=True, stable=True)[..., :count]
+    return (scores.shape[2] - 1 - flipped).sort(-1).values
