@@ -67,7 +67,8 @@ class SegmentCache(Cache):
                 )
             shared = plan.keep is not None and bool(plan.keep.recent_ratio) and not bool(plan.keep.full.all())
             spec = None if plan.keep is None else plan.keep.select
-            early = spec is not None and spec.when == "chunk" and bool((spec.budget <= 1).any())
+            parts = spec is not None and (bool((spec.budget <= 1).any()) or 0 < spec.recent < 1)
+            early = spec is not None and spec.when == "chunk" and parts
             if early and prompt_length is None:
                 raise InputError("this plan's budget is a share of a prompt that is not all in when entries go",
                                  remedy="pass prompt_length=<tokens>")  # fmt: skip

@@ -57,7 +57,7 @@ def _ballots(spec: Select, pairs: Pairs) -> list[Ballot]:
     for lane, step in pairs:
         assert lane.selector is not None
         view = lane.view(step)
-        entries = view.k.shape[2]
+        entries = lane.selector.prompt_length = view.k.shape[2]
         found.append(
             Ballot(view, lane.selector.scores(view), lane.selector.limits(entries), lane.selector.free(entries))
         )

@@ -28,7 +28,7 @@ Tags = dict[str, torch.Tensor]
 class Selector:
     """`budget`: of each of the lane's heads, as in `Select`; `layer` and `heads` say where they are.
 
-    `prompt_length` resolves budgets that are a share of the prompt where entries go before all of it is in.
+    `prompt_length` resolves shares of the prompt where entries go before all of it is in; else it is found out.
     """
 
     def __init__(
@@ -141,18 +141,20 @@ class Selector:
 
     def free(self, entries: int) -> slice:
         """The entries, of so many, that do not stay whatever they score; at decode steps the newest always stays."""
-        recent = max(self.spec.recent, int(self.spec.when == "step" and self.turn > 0))
+        recent = int(self.spec.recent) if self.spec.recent >= 1 else round(self.spec.recent * self.prompt_length)
+        recent = max(recent, int(self.spec.when == "step" and self.turn > 0))
         low = min(self.spec.sink, entries)
         return slice(low, max(low, entries - recent))
 
     def limits(self, entries: int) -> list[int]:
         """Entries that each head may hold after a prompt of so many."""
-        return [max(1, round(b * entries)) if b <= 1 else int(b) for b in self.budget]
+        return [max(1, self.spec.minimum, round(b * entries) if b <= 1 else int(b)) for b in self.budget]
 
     def due(self, held: int, fed: int) -> int:
         """How many of so many entries stay at a decode step, after `fed` tokens in all."""
         limit = self.limits(fed)[0] if self.spec.growing else self.limit
-        return held if held <= limit else max(1, limit - self.spec.slack)
+        spare = self.spec.slack if self.spec.slack >= 1 else round(self.spec.slack * limit)
+        return held if held <= limit else max(1, limit - int(spare))
 
     def choose(self, view: View, scores: torch.Tensor, count: int, peers: torch.Tensor) -> torch.Tensor:
         """The entries that stay, in order, int64 [B,K,N]; peers as in `Choice`."""

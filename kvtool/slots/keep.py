@@ -37,11 +37,13 @@ class Select(Record):
     mass, least: if > 0, a head keeps the fewest entries that hold the share `mass` of its score, or those that score
         `least`, and `budget` is the upper bound.
     pick: the rule that chooses so many entries by score (see `cache/picks/`).
-    sink, recent: entries that always stay.
+    minimum: entries that a head holds at least. sink, recent: entries that always stay; recent is a share of the prompt
+        if < 1.
     when: "prefill" once the prompt is in; "chunk" after every chunk of it, so that prefill stays within the budget
         and one chunk; "step" once the prompt is in and at every decode step, so that the budget holds throughout. Where
         entries are scored again, scores are `decay` times the old ones plus the new ones (or the larger, for "max").
-    slack: entries that are evicted beyond the budget at once, so that it is full again only so many steps later.
+    slack: entries, or the share of the budget if < 1, that decode steps evict beyond it at once, so that it is full
+        again only so many steps later.
         growing: budgets that are a share go on being a share of all tokens seen.
     merge: what becomes of the others (see `cache/merges/`): "drop"; averaged into the kept entry whose key has the
         largest cosine ("nearest") or whose place is nearest ("neighbour"), if that cosine is at least `threshold`, or
@@ -71,11 +73,12 @@ class Select(Record):
     mass: float = 0.0
     least: float = 0.0
     pick: str = "best"
+    minimum: int = 0
     sink: int = 0
-    recent: int = 0
+    recent: float = 0
     when: Literal["prefill", "chunk", "step"] = "prefill"
     decay: float = 1.0
-    slack: int = 0
+    slack: float = 0
     growing: bool = False
     merge: str = "drop"
     threshold: float | None = 0.0
@@ -92,7 +95,7 @@ class Select(Record):
                 got=f"budget {float(self.budget.min())}, {self.observed} observed, kernel {self.kernel}",
                 expected="budget > 0, observed > 0, an odd kernel",
             )  # fmt: skip
-        if self.history and self.recent < self.history:
+        if self.history and 1 <= self.recent < self.history:
             raise InputError(
                 "queries are remembered longer than their own entries are sure to stay",
                 got=f"history {self.history}, recent {self.recent}", expected="recent >= history",
@@ -126,7 +129,8 @@ class Select(Record):
     @property
     def ragged(self) -> bool:
         """Do the scores say how many entries are kept, so that rows of a batch come to hold different numbers?"""
-        return self.spread != "head" or self.mass > 0 or self.least > 0 or self.rule("pick").RAGGED
+        by_score = not self.rule("spread").FIXED or self.rule("pick").RAGGED
+        return by_score or self.mass > 0 or self.least > 0
 
 
 _FOLDERS = {"score": "scores", "spread": "budgets", "pick": "picks", "merge": "merges"}

@@ -49,6 +49,7 @@ class Selecting:
         """(KV head, row) → the entries that the row sees."""
         spec, seen, pending = self.spec, {}, []
         held: Held = [[] for _ in self.k]
+        self.prompt = prompt_length if spec.when == "chunk" else prompt
         if spec.when == "chunk":
             self.limits = self._budgets(prompt_length)
         for first, count in calls:
@@ -56,7 +57,7 @@ class Selecting:
                 held = self._evict(held, pending, at_end=True)
             if first == prompt:
                 pending = []
-            rows = range(first, first + count)
+            rows, self.fed = range(first, first + count), first + count
             for head, entries in enumerate(held):
                 new = [Entry(self.k[head, row], self.v[head, row], row, row) for row in rows]
                 for row in rows:
@@ -71,14 +72,24 @@ class Selecting:
         """KV head → the rows whose entries stay when the prompt is over."""
         held = [[Entry(k, v, row, row) for row, (k, v) in enumerate(zip(*s, strict=True))]
                 for s in zip(self.k[:, :prompt], self.v[:, :prompt], strict=True)]  # fmt: skip
+        self.prompt = prompt
         kept = self._evict(held, list(range(prompt)), at_end=True)
         return {head: [e.row for e in entries] for head, entries in enumerate(kept)}
 
     def _budgets(self, entries: int) -> list[int]:
-        return [max(1, round(b * entries)) if b <= 1 else int(b) for b in self.spec.budget[self.layer].tolist()]
+        least = max(1, self.spec.minimum)
+        return [max(least, round(b * entries) if b <= 1 else int(b)) for b in self.spec.budget[self.layer].tolist()]
+
+    def _due(self, limit: int, held: int) -> int:
+        limit = self._budgets(self.fed)[0] if self.spec.growing else limit
+        spare = self.spec.slack if self.spec.slack >= 1 else round(self.spec.slack * limit)
+        return max(1, limit - int(spare)) if held > limit else held
 
     def _evict(self, held: Held, pending: list[int], *, at_end: bool) -> Held:
         spec, n = self.spec, len(held[0])
+        self.at_end = at_end
+        if spec.history and not at_end:
+            pending = list(range(self.fed))[-spec.history :]
         for entries, scores in zip(held, self._scores(held, pending), strict=True):
             for e, s in zip(entries, scores, strict=True):
                 e.score = max(spec.decay * e.score, s) if spec.reduce == "max" else spec.decay * e.score + s
@@ -89,11 +100,13 @@ class Selecting:
                 mean = sum(e.score for e in column) / len(column)
                 for e in column:
                     e.score = mean
-        recent = max(spec.recent, 0 if at_end or spec.when != "step" else 1)
+        recent = int(spec.recent) if spec.recent >= 1 else round(spec.recent * self.prompt)
+        recent = max(recent, 0 if at_end or spec.when != "step" else 1)
         sure = [[at < spec.sink or at >= len(entries) - recent for at in range(len(entries))] for entries in held]
         limits = self.limits if self.limits is not None else self._dealt(held, sure, self._budgets(n))
         if at_end and spec.when == "step":
             self.limits = limits
+        limits = limits if at_end else [self._due(limit, n) for limit in limits]
         return [self._kept(*both, limit) for both, limit in zip(zip(held, sure, strict=True), limits, strict=True)]
 
     # scores
@@ -116,6 +129,9 @@ class Selecting:
                     return line
                 return [max(x) for x in near] if spec.pool == "max" else [sum(x) / spec.kernel for x in near]
 
+            if spec.weights is not None:
+                votes = spec.weights[self.layer].tolist()[head * self.group :]
+                each = [[vote * x for x in line] for vote, line in zip(votes[: self.group], each, strict=True)]
             if not spec.group_first:
                 each = [pool(line) for line in each]
             columns = list(zip(*each, strict=True))
@@ -127,8 +143,11 @@ class Selecting:
         return out
 
     def _rows(self, pending: list[int]) -> list[int]:
+        if self.spec.observe == "last" and self.spec.history and not self.at_end:
+            return pending
         if self.spec.observe == "last":
-            return pending[-self.spec.observed :]
+            share = self.spec.observed
+            return pending[-(share if share >= 1 else max(1, round(share * len(pending)))) :]
         if self.spec.observe == "all":
             return pending
         count = max(1, round(0.05 * len(pending)))
@@ -176,6 +195,8 @@ class Selecting:
         best = sorted(rivals, reverse=True)[: sum(own)]
         for head, entries in enumerate(held):
             limit = budgets[head]
+            if spec.spread == "slope":
+                limit = fixed[head] + self._slope(own[head], len(entries), fixed[head])
             if spec.spread == "layer" and sum(own) < len(rivals):
                 count = sum(owner == head for _, owner, _ in best)
                 limit = max(1, fixed[head] + round(count * (1 - spec.floor)) + int(own[head] * spec.floor))
@@ -190,6 +211,13 @@ class Selecting:
             limits.append(limit)
         return limits
 
+    def _slope(self, mean: int, entries: int, fixed: int) -> int:
+        layers, least = len(self.spec.budget), mean // self.spec.settings["beta"]
+        if entries < 2 * mean:
+            return mean
+        most = min(2 * mean - least, entries - fixed)
+        return most - self.layer * ((most - (2 * mean - most)) // (layers - 1))
+
     # what becomes of the entries
 
     def _kept(self, entries: list[Entry], sure: list[bool], limit: int) -> list[Entry]:
@@ -197,6 +225,11 @@ class Selecting:
             return entries
         order = sorted(range(len(entries)), key=lambda at: (sure[at], entries[at].score, at), reverse=True)
         kept = sorted(order[:limit])
+        if self.spec.pick == "distance" and not self.at_end:
+            gone = len(entries) - limit
+            last = max(self.spec.sink, len(entries) - self.spec.settings["distance"])
+            first = max(self.spec.sink, last - gone)
+            kept = [at for at in range(len(entries)) if not first <= at < first + gone]
         dropped = [at for at in range(len(entries)) if at not in kept]
         out = [replace(entries[at]) for at in kept]
         if self.spec.merge != "drop":

@@ -36,6 +36,16 @@ CASES: dict[str, dict[str, Any]] = {
     "step-norms": dict(score="key-norm", when="step", recent=1),
     "step-layer": dict(observed=4, when="step", spread="layer", decay=0.0, pool="mean", kernel=3),
     "step-pooled": dict(observed=4, when="step", reduce="max", alike=True),
+    "part": dict(observed=0.3, recent=0.2, minimum=6),
+    "votes": dict(observed=4, votes=True, alike=True),
+    "slope": dict(observed=4, recent=3, spread="slope", settings={"beta": 4}, share=(0.4, 0.4, 0.4)),
+    "step-slack": dict(observe="all", when="step", slack=4, recent=0.1),
+    "step-share-of-slack": dict(observed=2, when="step", slack=0.3, decay=0.5),
+    "step-growing": dict(observe="all", when="step", growing=True, recent=2, share=(0.3, 0.5, 0.7)),
+    "step-history": dict(observed=5, history=3, recent=3, when="step", decay=0.0),
+    "step-counts": dict(score="above-average", reduce="sum", observed=3, history=3, recent=4, when="step", decay=0.0,
+                        slack=0.4),
+    "step-distance": dict(observe="all", pick="distance", settings={"distance": 5}, sink=2, when="step"),
     "chunk": dict(observe="all", reduce="sum", when="chunk", share=(9.0, 6.0, 0.3)),
     "chunk-newest": dict(observed=3, when="chunk", decay=0.0, recent=2, sink=1),
     "merge": dict(observed=4, merge="nearest", recent=1),
@@ -61,6 +71,8 @@ def selecting(model: Model, name: str, **changes: Any) -> Plan:
     g, options = model.geometry, CASES[name] | changes
     shares = torch.tensor((*options.pop("share", ()), *[0.4] * 4))[: g.layers]
     position = options.pop("position", "original")
+    if options.pop("votes", False):  # every other query head, with the weight of two
+        options["weights"] = 2.0 * (torch.arange(g.query_heads) % 2).expand(g.layers, -1)
     select = Select(shares[:, None].repeat(1, g.kv_heads), **options)
     everything = torch.ones(g.layers, g.kv_heads)
     return Plan(

@@ -112,10 +112,14 @@ def test_held_entries_and_bytes_stay_within_the_budget(name: str) -> None:
             held = cache.entries()
             if pooled:
                 assert (held.sum(1) <= limit.sum(1) + 2 * grew + 1).all()
+            elif spec.growing:
+                assert (held <= spec.budget * (at + 1) + 1).all()
             else:
                 assert (held <= limit + grew).all()
-            if spec.when == "step":  # entries, scores and counts of two rows, without slack
-                assert cache.nbytes <= (int(limit.sum()) + 3) * (whole + 32)
+            if spec.when == "step" and not spec.growing:  # entries, scores and counts of two rows, and queries
+                spare = held.numel() * 64 if spec.slack else 0  # room in buffers that are not written anew
+                queries = spec.history * model.geometry.query_heads * model.geometry.layers
+                assert cache.nbytes <= (int(limit.sum()) + spare + queries + 3) * (whole + 32)
 
 
 SOME = ["probes", "mass-alike", "step-layer", "step-merge", "chunk-merge", "step-reindex"]

@@ -2,7 +2,8 @@
 
 A rule is a file with `LEVEL`, whose lanes deal with one another ("head": none, "layer": those of one layer, "model":
 all), `APART`, which says whether heads of a layer may come to keep different numbers, and `deal(ballots)`: how many
-entries each KV head of each ballot holds, what always stays included. It is asked once, when the prompt is in.
+entries each KV head of each ballot holds, what always stays included. It is asked once, when the prompt is in. `FIXED`
+says that the answer depends on nothing but how many entries there are.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from kvtool.cache.budgets._base import Ballot, Limits
 
 LEVEL = "head"
 APART = False
+FIXED = True
 
 
 def deal(ballots: list[Ballot]) -> Limits:

@@ -6,6 +6,7 @@ from kvtool.cache.budgets._base import Ballot, Limits, pooled
 
 LEVEL = "model"
 APART = True
+FIXED = False
 
 
 def deal(ballots: list[Ballot]) -> Limits:
