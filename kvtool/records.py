@@ -5,9 +5,9 @@
 
     dump(value, "store") → JSON, {"store.scale": tensor, ...};   load(JSON, tensors) → value
 
-A record may hold scalars, None, tensors, records, and tuples and dictionaries (with names as keys) of these. The class's
-name is its kind in the file; the set of kinds is closed: it is the classes of this package that derive from Record. It
-knows none of them.
+A record may hold scalars, None, tensors, records, and tuples and dictionaries (with names as keys) of these. The name
+of its class is its kind in the file; the set of kinds is closed: it is the classes of this package that derive from
+Record. It knows none of them.
 """
 
 from __future__ import annotations

@@ -143,6 +143,7 @@ class Characters:
     """The least of a tokenizer: one token per ASCII character; id 0 is the start token where there is one."""
 
     all_special_ids = (0,)
+    eos_token_id = None
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012 (the tokenizers' own interface)
 
     def __init__(self, *, start: bool = False):

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from kvtool.errors import InputError
 from kvtool.model import Geometry, Model
-from kvtool.slots import Draft, Keep, Read, Store
+from kvtool.slots import Draft, Keep, Read, Select, Store
 from kvtool.trace import Trace
 
 
@@ -44,6 +44,27 @@ class Decision:
     store: Store | None = None
     read: Read | None = None
     draft: Draft | None = None
+
+
+def thinned(
+    context: Context, budget: float | torch.Tensor, *, position: Literal["original", "reindex"] = "original",
+    **options: Any,
+) -> Keep:  # fmt: skip
+    """Scored eviction in every KV head: budget of all heads, or fp32 [L,K]; the other fields of `Select`."""
+    shape = (context.geometry.layers, context.geometry.kv_heads)
+    if not isinstance(budget, torch.Tensor):
+        if not budget > 0:
+            raise InputError("bad option budget", got=budget, expected="a share up to 1, or a count of entries")
+        budget = torch.full(shape, float(budget))
+    everything = torch.ones(shape, dtype=torch.bool)
+    return Keep.heads(everything, sink=0, recent=1, select=Select(budget, **options), position=position)
+
+
+def odd(value: int, name: str) -> int:
+    """Check an option that is a width with a middle."""
+    if value < 1 or value % 2 == 0:
+        raise InputError(f"bad option {name}", got=value, expected="an odd number")
+    return value
 
 
 def per_kv_head(scores: torch.Tensor, kv_heads: int, how: str = "max") -> torch.Tensor:

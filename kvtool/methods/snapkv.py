@@ -14,14 +14,10 @@ the paper's (w 32, kernel 5, max pooling) with the budget as a share of the prom
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-
-from kvtool.errors import InputError
-from kvtool.methods._base import Context, Decision
+from kvtool.methods._base import Context, Decision, odd, thinned
 from kvtool.options import at_least
-from kvtool.slots import Keep, Select
 
 STATISTICS = ()
 MODEL = False
@@ -40,19 +36,18 @@ class Options:
     sink: int = 0
 
     def __post_init__(self) -> None:
-        at_least(1, self, "window", "kernel")
+        at_least(1, self, "window")
         at_least(0, self, "sink")
-        if self.budget <= 0 or self.kernel % 2 == 0:
-            raise InputError(
-                "bad option", got=f"budget {self.budget}, kernel {self.kernel}", expected="budget > 0, odd kernel"
-            )
+        odd(self.kernel, "kernel")
+
+
+def at(budget: float) -> dict[str, Any]:
+    return {"budget": budget}
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    g = context.geometry
-    everything = torch.ones(g.layers, g.kv_heads, dtype=torch.bool)
-    select = Select(
-        torch.full((g.layers, g.kv_heads), options.budget), observe="last", observed=options.window, pool=options.pool,
-        kernel=options.kernel, recent=options.window, sink=options.sink,
+    keep = thinned(
+        context, options.budget, observed=options.window, pool=options.pool, kernel=options.kernel,
+        recent=options.window, sink=options.sink,
     )  # fmt: skip
-    return Decision(Keep.heads(everything, sink=0, recent=1, select=select))
+    return Decision(keep)

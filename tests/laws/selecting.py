@@ -33,6 +33,19 @@ class Entry:
 
 Held = list[list[Entry]]  # by KV head
 
+# The rules that are defined here. Others are held to definitions of their own, in tests/cache/ and tests/methods/.
+DEFINED = {
+    "score": {"attention", "value-attention", "above-average", "key-norm", "key-difference", "hybrid"},
+    "spread": {"head", "layer", "slope"},
+    "pick": {"best", "distance", "representatives"},
+    "merge": {"drop", "nearest", "neighbour"},
+}
+
+
+def defined(spec: Select) -> bool:
+    """Are all rules that a selection names defined here?"""
+    return spec.observe != "rebuild" and all(getattr(spec, stage) in rules for stage, rules in DEFINED.items())
+
 
 class Selecting:
     """One layer. q [H,T,D], k and v [K,T,D]; `calls` are (first row, rows); the prompt has `prompt` rows."""
@@ -81,7 +94,9 @@ class Selecting:
         return [max(least, round(b * entries) if b <= 1 else int(b)) for b in self.spec.budget[self.layer].tolist()]
 
     def _due(self, limit: int, held: int) -> int:
-        limit = self._budgets(self.fed)[0] if self.spec.growing else limit
+        if self.spec.growing:
+            dealt = limit != self._budgets(self.prompt)[0]
+            limit = max(1, round(limit / self.prompt * self.fed)) if dealt else self._budgets(self.fed)[0]
         spare = self.spec.slack if self.spec.slack >= 1 else round(self.spec.slack * limit)
         return max(1, limit - int(spare)) if held > limit else held
 
@@ -106,8 +121,12 @@ class Selecting:
         limits = self.limits if self.limits is not None else self._dealt(held, sure, self._budgets(n))
         if at_end and spec.when == "step":
             self.limits = limits
-        limits = limits if at_end else [self._due(limit, n) for limit in limits]
-        return [self._kept(*both, limit) for both, limit in zip(zip(held, sure, strict=True), limits, strict=True)]
+        if not at_end:
+            limits = [self._due(limit, len(entries)) for limit, entries in zip(limits, held, strict=True)]
+        upper = [self._upper(entries) for entries in held]
+        return [
+            self._kept(*both, limit, upper) for both, limit in zip(zip(held, sure, strict=True), limits, strict=True)
+        ]
 
     # scores
 
@@ -116,6 +135,8 @@ class Selecting:
     def _scores(self, held: Held, pending: list[int]) -> list[list[float]]:
         spec, out = self.spec, []
         self.looks = spec.score not in ("key-norm", "key-difference")
+        if spec.score == "hybrid":
+            return [self._hybrid(held, self._rows(pending))] * len(held)
         for head, entries in enumerate(held):
             if self.looks:
                 each = [self._reduced(head * self.group + g, entries, pending) for g in range(self.group)]
@@ -143,7 +164,7 @@ class Selecting:
         return out
 
     def _rows(self, pending: list[int]) -> list[int]:
-        if self.spec.observe == "last" and self.spec.history and not self.at_end:
+        if self.spec.history and not self.at_end:
             return pending
         if self.spec.observe == "last":
             share = self.spec.observed
@@ -177,6 +198,34 @@ class Selecting:
             spread = sum((x - mean) ** 2 for x in line) / max(1, len(line) - 1)
             out.append(score + spec.variance * spread)
         return out
+
+    def _hybrid(self, held: Held, rows: list[int]) -> list[float]:
+        received, entropy, moved = (torch.zeros(len(held[0]), dtype=torch.float64) for _ in range(3))
+        for head in range(len(self.q)):
+            entries, before = held[head // self.group], None
+            for row in rows:
+                seen = [at for at, e in enumerate(entries) if e.row <= row]
+                k = torch.stack([entries[at].k for at in seen]).requires_grad_()
+                v = torch.stack([entries[at].v for at in seen]).requires_grad_()
+                with torch.enable_grad():
+                    logits = self.scale * k @ self.q[head, row]
+                    if self.softcap is not None:
+                        logits = self.softcap * torch.tanh(logits / self.softcap)
+                    p = torch.softmax(logits, 0)
+                    out = p @ v
+                    if before is not None and row == rows[-1]:
+                        (out - before).square().mean().backward()
+                        moved[seen] += (k.grad.abs() + v.grad.abs()).sum(-1)
+                received[seen] += p.detach()
+                if len(seen) > 1:
+                    own = next(at for at in seen if entries[at].row == row)
+                    entropy[own] += float(torch.special.entr(p.detach()).sum()) / math.log(len(seen)) / len(self.q)
+                before = out.detach()
+        weights, total = self.spec.settings, torch.zeros_like(received)
+        for name, x in (("attention", received), ("entropy", entropy), ("gradient", moved)):
+            if x.max() > x.min():
+                total += weights[name] * (x - x.min()) / (x.max() - x.min())
+        return total.tolist()
 
     def _of_keys(self, entries: list[Entry]) -> list[float]:
         if self.spec.score == "key-norm":
@@ -213,21 +262,42 @@ class Selecting:
 
     def _slope(self, mean: int, entries: int, fixed: int) -> int:
         layers, least = len(self.spec.budget), mean // self.spec.settings["beta"]
-        if entries < 2 * mean:
+        if entries - fixed <= mean or (self.spec.settings["flat"] and entries < 2 * mean):
             return mean
         most = min(2 * mean - least, entries - fixed)
         return most - self.layer * ((most - (2 * mean - most)) // (layers - 1))
 
     # what becomes of the entries
 
-    def _kept(self, entries: list[Entry], sure: list[bool], limit: int) -> list[Entry]:
+    def _upper(self, entries: list[Entry]) -> list[bool]:
+        """Which entries are in the upper half of a head's scores."""
+        order = sorted(range(len(entries)), key=lambda at: -entries[at].score)[: (len(entries) + 1) // 2]
+        return [at in order for at in range(len(entries))]
+
+    def _standing(self, order: list[int], limit: int, fixed: int, upper: list[list[bool]]) -> list[int]:
+        """Some of the best of `order` make room for others that stand for many."""
+        settings, n = self.spec.settings, len(order)
+        some = round(settings["share"] * (limit - fixed))
+        anchor = [number % 2 == 1 for number in range(len(upper))]
+        if settings["anchor"] == "mean":
+            anchor = [sum(line) >= n / 2 for line in upper]
+        left = sorted(order[limit - some :])
+        left.sort(key=lambda at: sum(line[at] != bit for line, bit in zip(upper, anchor, strict=True)))
+        ranks = [number * max(1, len(left) // some) for number in range(some)]
+        if settings["spacing"] == "linspace" and some:
+            ranks = torch.linspace(0, len(left) - 1, some).round().long().tolist()
+        return sorted(order[: limit - some] + [left[rank] for rank in ranks])
+
+    def _kept(self, entries: list[Entry], sure: list[bool], limit: int, upper: list[list[bool]]) -> list[Entry]:
         if len(entries) <= limit:
             return entries
         order = sorted(range(len(entries)), key=lambda at: (sure[at], entries[at].score, at), reverse=True)
         kept = sorted(order[:limit])
+        if self.spec.pick == "representatives":
+            kept = self._standing(order, limit, sum(sure), upper)
         if self.spec.pick == "distance" and not self.at_end:
             gone = len(entries) - limit
-            last = max(self.spec.sink, len(entries) - self.spec.settings["distance"])
+            last = max(self.spec.sink, len(entries) - max(self.spec.settings["distance"], sum(sure[self.spec.sink :])))
             first = max(self.spec.sink, last - gone)
             kept = [at for at in range(len(entries)) if not first <= at < first + gone]
         dropped = [at for at in range(len(entries)) if at not in kept]

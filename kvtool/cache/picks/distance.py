@@ -1,4 +1,5 @@
-"""The best of a prompt; at decode steps, what stands `settings["distance"]` places before the newest entry goes.
+"""The best of a prompt; at decode steps, what stands `settings["distance"]` places before the newest entry goes, or
+what has just left the recent entries that always stay, if there are more of those.
 
 So the first entries stay, then come the latest: Elastic Cache (Liu et al., arXiv 2407.18121), PrefixKV (Wang et al.,
 arXiv 2412.03409).
@@ -18,7 +19,7 @@ def pick(choice: Choice) -> torch.Tensor:
     if not choice.view.turn:
         return _base.best(choice.scores, choice.count, choice.free)
     held = choice.scores.shape[2]
-    last = max(choice.free.start, held - int(choice.view.spec.settings["distance"]))
+    last = max(choice.free.start, min(held - choice.view.spec.settings["distance"], choice.free.stop))
     first = max(choice.free.start, last - (held - choice.count))
     stays = torch.ones(held, dtype=torch.bool, device=choice.scores.device)
     stays[first : first + held - choice.count] = False
