@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
+JOBS   ?= 2
 
 BIN   := .venv/bin
 READY := .venv/.ready
@@ -15,13 +16,13 @@ PIN_BUILD := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
-	@echo "PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS='-k name' goes to pytest."
+	@echo "PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS='-k name' goes to pytest; JOBS=0: in one process."
 
 demo: $(READY) ## profile, calibrate and replay the demo model
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/demo.sh
 
-test: $(READY) ## run the tests
-	$(BIN)/pytest -q tests $(ARGS)
+test: $(READY) ## run the tests, in JOBS processes
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal tests $(ARGS)
 
 lint: $(READY) ## ruff (rules, format) and mypy
 	$(BIN)/ruff check .

@@ -24,11 +24,12 @@ from kvtool_kernels.attend.reference import attend as attend_reference
 from kvtool_kernels.attend_packed import spec as attend_packed_spec
 from kvtool_kernels.attend_packed.reference import attend_packed as attend_packed_reference
 from kvtool_kernels.hadamard.reference import hadamard as hadamard_reference
-from kvtool_kernels.packed import Packed
+from kvtool_kernels.packed import Layout, Packed
 from kvtool_kernels.quantize import spec as quantize_spec
 from kvtool_kernels.quantize.reference import dequantize as dequantize_reference
 
 HEADS, KV_HEADS, WIDTH, GROUP, BITS = 9, 3, 64, 32, (2, 3, 4, 8)
+LAYOUTS: tuple[Layout, ...] = ("token", "channel")
 LARGE = 16 << 20  # numbers of the buffer that is copied: more than a processor's cache holds
 Work = tuple[Callable[[], object], int]  # what is timed, and the bytes it moves
 
@@ -44,7 +45,12 @@ def parity(device: str) -> int:
         close(out, expected)
         close(lse.nan_to_num(neginf=0.0), total.nan_to_num(neginf=0.0))
     for shape in quantize_spec.CASES:
-        packed = quantize_spec.coded(quantize_spec.inputs(shape, device=device), shape.side)
+        x, side = quantize_spec.inputs(shape, device=device), shape.side
+        packed = quantize_spec.coded(x, side)
+        if side.code == "affine":
+            made = ops.quantize(x, bits=side.bits, group=side.group, layout=side.layout)
+            for actual, wanted in zip(made.tensors(), packed.tensors(), strict=True):
+                torch.testing.assert_close(actual, wanted, atol=0, rtol=0)
         expected = dequantize_reference(packed)
         size = expected.abs().max().clamp_min(1.0) if expected.numel() else 1.0
         close(ops.dequantize(packed) / size, expected / size)
@@ -76,9 +82,14 @@ def sides(entries: int, dtype: torch.dtype, device: str) -> dict[str, Work]:
         )
         for side in (keys, values):
             found[f"dequantize, per {side.layout}|{bits} bits"] = _decoding(side, dtype)
-    found["quantize, per token|4 bits"] = (lambda: ops.quantize(k, bits=4, group=GROUP, layout="token"), k.nbytes)
+    for layout in LAYOUTS:
+        found[f"quantize, per {layout}|4 bits"] = _coding(k, layout)
     found[f"hadamard|{name}"] = (lambda: ops.hadamard(k), 2 * k.nbytes)
     return found
+
+
+def _coding(x: torch.Tensor, layout: Layout) -> Work:
+    return lambda: ops.quantize(x, bits=4, group=GROUP, layout=layout), x.nbytes
 
 
 def _decoding(side: Packed, dtype: torch.dtype) -> Work:

@@ -109,7 +109,7 @@ def attend_packed(
 
 def quantize(x: torch.Tensor, *, bits: int, group: int, layout: Layout, clip: float = 1.0) -> Packed:
     """Entries [B,K,S,D] to affine codes with a range per group; see `quantize/reference.py`."""
-    twin = _triton("quantize") if x.is_cuda else _quantize_reference
+    twin = _triton("quantize") if x.is_cuda else _on_cpu(x, _quantize_cpu, _quantize_reference)
     return twin.quantize(x, bits=bits, group=group, layout=layout, clip=clip)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kvtool_kernels import ops
 from kvtool_kernels.packed import Layout, Packed
-from kvtool_kernels.quantize import reference
+from kvtool_kernels.quantize import cpu, reference
 from kvtool_kernels.quantize.spec import CASES, Case, Side, coded, inputs
 from tests.kernels.twins import device, names
 from tests.tolerance import close, same
@@ -51,9 +51,65 @@ def test_coding_twins(name: str, case: Case) -> None:
     x = inputs(case, device=device(name))
     options = {"bits": case.side.bits, "group": case.side.group, "layout": case.side.layout}
     actual, expected = function(name, "quantize")(x, **options), reference.quantize(x, **options)
-    same(actual.scale, expected.scale)
-    same(actual.zero, expected.zero)
-    close(reference.dequantize(actual), reference.dequantize(expected))
+    identical(actual, expected)
+
+
+def identical(actual: Packed, expected: Packed) -> None:
+    for ours, theirs in zip(actual.tensors(), expected.tensors(), strict=True):
+        assert ours.dtype == theirs.dtype
+        same(ours, theirs)
+
+
+LOOPS = [
+    Case(Side(bits, layout, 16), batch=1, kv_heads=2, entries=2176, width=80) for layout in LAYOUTS for bits in (3, 4)
+]
+LOOPS += [Case(Side(5, "channel", 48), entries=65, width=96), Case(Side(2, "token", 8), entries=1032, width=16)]
+LOOPS += [Case(Side(1, "channel", 16), entries=3, width=16), Case(Side(7, "token", 128), entries=256, width=48)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LOOPS, ids=str)
+def test_compiled_coding_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
+    """Several pieces of a head; planes that end in half vectors; groups of several vectors; entries that lie apart."""
+    side = {"bits": case.side.bits, "group": case.side.group, "layout": case.side.layout}
+    x = inputs(case, dtype=dtype)
+    for laid in (x, x.transpose(1, 2).contiguous().transpose(1, 2), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        identical(cpu.quantize(laid, **side), reference.quantize(x, **side))
+    identical(cpu.quantize(x, **side, clip=0.7), reference.quantize(x, **side, clip=0.7))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_coding_takes_the_even_code_at_a_midpoint(layout: Layout) -> None:
+    x = torch.arange(32).repeat(32, 1) / 2  # 0 … 15.5, of which 15.5 is too much for 4 bits of scale 1
+    x = (x.clamp_max(15) if layout == "channel" else x.clamp_max(15).T).reshape(1, 1, 32, 32).contiguous()
+    packed = cpu.quantize(x, bits=4, group=32, layout=layout)
+    assert bool((packed.scale == 1).all())
+    identical(packed, reference.quantize(x, bits=4, group=32, layout=layout))
+    expected = (torch.arange(32) / 2).clamp_max(15).round()
+    same(reference.dequantize(packed)[0, 0].flatten() if layout == "channel" else
+         reference.dequantize(packed)[0, 0].T.flatten(), expected.repeat(32))  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_compiled_coding_of_a_group_that_is_not_finite_spares_the_others(layout: Layout, value: float) -> None:
+    """Its own codes are undefined; its range is the definition's, and so is everything of the other groups."""
+    x = inputs(Case(batch=1, kv_heads=1, entries=32, width=32))
+    x[0, 0, 5, 7] = value
+    ours, theirs = (q.quantize(x, bits=4, group=16, layout=layout) for q in (cpu, reference))
+    for a, b in ((ours.scale, theirs.scale), (ours.zero, theirs.zero)):
+        torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)
+    other = torch.ones(32, 32, dtype=torch.bool)
+    if layout == "token":
+        other[:16, 7] = False
+    else:
+        other[5, :16] = False
+    same(reference.dequantize(ours)[0, 0][other], reference.dequantize(theirs)[0, 0][other])
+
+
+def test_what_is_differentiated_is_left_to_the_definition() -> None:
+    x = inputs(Case()).requires_grad_()
+    assert ops.quantize(x, bits=4, group=32, layout="token").scale.requires_grad
 
 
 @pytest.mark.parametrize("name", [name for name in names("quantize") if function(name, "dequantize")])

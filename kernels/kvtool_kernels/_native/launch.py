@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvtool_kernels._native import attention, decoding, team
-from kvtool_kernels._native.record import FIRST_SIDE, JOB, LANES, PASSES, describe, laid_out, padded
-from kvtool_kernels.packed import Packed
+from kvtool_kernels._native import attention, decoding, encoding, team
+from kvtool_kernels._native.record import FIRST_SIDE, JOB, LANES, PASSES, THREAD, describe, laid_out, padded
+from kvtool_kernels.packed import Layout, Packed
+from kvtool_kernels.quantize.reference import affine
 
 ROWS = 4  # query rows at a time
 TILE = 64  # entries of a tile, or one group where that is larger
@@ -73,6 +74,33 @@ def dequantize(packed: Packed) -> torch.Tensor:
     job[FIRST_SIDE : FIRST_SIDE + len(fields)] = fields
     team.run(decoding.function(), job, threads)
     return out
+
+
+def quantize(x: torch.Tensor, *, bits: int, group: int, layout: Layout, clip: float) -> Packed:
+    """As `quantize/reference.py`, for fp32 x [B,K,S,D] of at least one entry, whose channels are whole vectors and
+    neighbours in memory."""
+    batch, heads, tokens, width = x.shape
+    token = layout == "token"
+    shape = (batch, heads, tokens // group, width) if token else (batch, heads, tokens, width // group)
+    codes = torch.empty(*(shape if token else shape[:3]), (group if token else width) * bits // 8, dtype=torch.uint8)
+    low, high = torch.empty(2, *shape)
+    splits, tile = -(-tokens // PIECE), group if token else ROWS
+    units = batch * heads * splits
+    threads, scratch = min(torch.get_num_threads(), units), 2 * tile * width
+    workspace = torch.empty(threads * scratch)
+    job = np.zeros(JOB, dtype=np.int64)
+    job[:PASSES] = [
+        0, 0, units, heads, tokens, tile, PIECE, splits, codes.data_ptr(), workspace.data_ptr(), 4 * scratch
+    ]  # fmt: skip
+    fields = [x.data_ptr(), *x.stride()[:3], width, group, token, low.data_ptr(), high.data_ptr(), bits]
+    job[FIRST_SIDE : FIRST_SIDE + len(fields)] = fields
+    team.run(encoding.ranges(), job, threads)
+    scale, zero, flat = affine(low * clip, high * clip, bits)
+    low, high = zero.float(), scale.float().masked_fill_(flat, torch.inf)  # x / ∞: code 0
+    job[: THREAD + 1] = 0
+    job[[encoding.LOW, encoding.HIGH]] = low.data_ptr(), high.data_ptr()
+    team.run(encoding.function(), job, threads)
+    return Packed(codes, scale, zero, bits, group, layout, width)
 
 
 def _shape(side: Packed | torch.Tensor) -> tuple[int, int, int]:

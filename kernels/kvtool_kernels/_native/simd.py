@@ -146,6 +146,26 @@ def larger(typing: Any, a: Any, b: Any) -> Any:
 
 
 @_operation
+def minimum(typing: Any, a: Any, b: Any) -> Any:
+    """min(a, b) by lane; NaN if one of them is."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.minimum.v{a.lanes}f32", given[0].type, *given, flags=("nsz",))
+
+    return a(a, b), generate
+
+
+@_operation
+def maximum(typing: Any, a: Any, b: Any) -> Any:
+    """max(a, b) by lane; NaN if one of them is."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.maximum.v{a.lanes}f32", given[0].type, *given, flags=("nsz",))
+
+    return a(a, b), generate
+
+
+@_operation
 def divide(typing: Any, a: Any, b: Any) -> Any:
     """a / b by lane."""
 
@@ -298,6 +318,80 @@ def largest(typing: Any, vector: Any) -> Any:
         return _call(builder, f"llvm.vector.reduce.fmax.v{vector.lanes}f32", _FLOAT, given[0])
 
     return types.float32(vector), generate
+
+
+@_operation
+def lowest(typing: Any, vector: Any) -> Any:
+    """The smallest lane; NaN if one is."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.vector.reduce.fminimum.v{vector.lanes}f32", _FLOAT, given[0], flags=("nsz",))
+
+    return types.float32(vector), generate
+
+
+@_operation
+def highest(typing: Any, vector: Any) -> Any:
+    """The largest lane; NaN if one is."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.vector.reduce.fmaximum.v{vector.lanes}f32", _FLOAT, given[0], flags=("nsz",))
+
+    return types.float32(vector), generate
+
+
+@_operation
+def code_of(typing: Any, x: Any, zero: Any, scale: Any, top: Any) -> Any:
+    """round(clamp((x − zero) / scale, 0, top)) in the low bits of each lane: adding 1.5 · 2^23 leaves it there."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        x, zero, scale, top = given
+        kind, lanes = x.type, x.type.count
+        ratio = builder.fdiv(builder.fsub(x, zero), scale)
+        above = _call(builder, f"llvm.maxnum.v{lanes}f32", kind, ratio, _constant(0.0, kind))
+        inside = _call(builder, f"llvm.minnum.v{lanes}f32", kind, above, top)
+        return builder.fadd(inside, _constant(12582912.0, kind))
+
+    return x(x, zero, scale, top), generate
+
+
+@_operation
+def deposit(typing: Any, bits: Any, source: Any, taken: Any, mask: Any, place: Any) -> Any:
+    """bits | (source >> taken & mask) << place, on the bits of each lane."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+        kind = given[0].type
+        wide = ir.VectorType(_INT, kind.count)
+        taken, mask, place = (_splat(builder, builder.trunc(number, _INT), kind.count) for number in given[2:])
+        part = builder.and_(builder.lshr(builder.bitcast(given[1], wide), taken), mask)
+        return builder.bitcast(builder.or_(builder.bitcast(given[0], wide), builder.shl(part, place)), kind)
+
+    return bits(bits, source, taken, mask, place), generate
+
+
+@_operation
+def store_bytes(typing: Any, address: Any, index: Any, bits: Any) -> Any:
+    """The low byte of each lane, one after the other from byte `index` on."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+        lanes = given[2].type.count
+        narrow = builder.trunc(builder.bitcast(given[2], ir.VectorType(_INT, lanes)), ir.VectorType(_BYTE, lanes))
+        builder.store(narrow, _at(builder, given[0], given[1], _BYTE, narrow.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(address, index, bits), generate
+
+
+@_operation
+def copy_byte(typing: Any, source: Any, start: Any, target: Any, end: Any) -> Any:
+    """Byte `start` of an address to byte `end` of another."""
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+        byte = builder.load(_at(builder, given[0], given[1], _BYTE, _BYTE))
+        builder.store(byte, _at(builder, given[2], given[3], _BYTE, _BYTE))
+        return context.get_dummy_value()
+
+    return types.void(source, start, target, end), generate
 
 
 @_operation

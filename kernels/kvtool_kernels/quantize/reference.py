@@ -24,16 +24,20 @@ TOKEN_GROUPS = (8, 16, 32, 64, 128)
 def quantize(x: torch.Tensor, *, bits: int, group: int, layout: Layout, clip: float = 1.0) -> Packed:
     """x [B,K,S,D] → `Packed` affine codes. S is a multiple of `group` in layout "token", D in layout "channel"."""
     grouped = group_view(x, group, layout)
-    low, high = grouped.amin(-1) * clip, grouped.amax(-1) * clip
+    scale, zero, flat = affine(grouped.amin(-1) * clip, grouped.amax(-1) * clip, bits)
+    codes = ((grouped - zero.float()[..., None]) / scale.float()[..., None]).clamp(0, 2**bits - 1).round()
+    codes = codes.masked_fill(flat[..., None], 0)
+    return Packed(_pack(codes, bits, layout), scale, zero, bits, group, layout, x.shape[-1])
+
+
+def affine(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ranges fp32 → scales and zeros as they are stored, and which groups are constant."""
     scale, zero = (high - low) / (2**bits - 1), low
     largest = torch.finfo(torch.float16).max
     small = not scale.numel() or bool((scale <= largest).all() and (zero.abs() <= largest).all())
     scale, zero = (t.to(torch.float16 if small else torch.bfloat16) for t in (scale, zero))
     flat = scale == 0
-    scale, zero = scale.masked_fill(flat, 1.0), torch.where(flat, high.to(zero.dtype), zero)
-    codes = ((grouped - zero.float()[..., None]) / scale.float()[..., None]).clamp(0, 2**bits - 1).round()
-    codes = codes.masked_fill(flat[..., None], 0)
-    return Packed(_pack(codes, bits, layout), scale, zero, bits, group, layout, x.shape[-1])
+    return scale.masked_fill(flat, 1.0), torch.where(flat, high.to(zero.dtype), zero), flat
 
 
 def quantize_levels(
@@ -75,13 +79,18 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tens
 def group_view(x: torch.Tensor, group: int, layout: Layout) -> torch.Tensor:
     """x [B,K,S,D] → fp32 [B,K,S/g,D,g] (layout "token") or [B,K,S,D/g,g] (layout "channel")."""
     batch, heads, tokens, width = x.shape
+    check(tokens, width, group, layout)
     if layout == "token":
-        if group not in TOKEN_GROUPS or tokens % group:
-            raise ValueError(f"{tokens} entries do not make groups of {group}; groups are {TOKEN_GROUPS}")
         return x.float().reshape(batch, heads, tokens // group, group, width).transpose(-1, -2)
-    if width % group or width % 8:
-        raise ValueError(f"{width} channels do not make groups of {group}, or are no multiple of 8")
     return x.float().reshape(batch, heads, tokens, width // group, group)
+
+
+def check(tokens: int, width: int, group: int, layout: Layout) -> None:
+    """Entries of this shape can be grouped."""
+    if layout == "token" and (group not in TOKEN_GROUPS or tokens % group):
+        raise ValueError(f"{tokens} entries do not make groups of {group}; groups are {TOKEN_GROUPS}")
+    if layout == "channel" and (width % group or width % 8):
+        raise ValueError(f"{width} channels do not make groups of {group}, or are no multiple of 8")
 
 
 def _pack(codes: torch.Tensor, bits: int, layout: Layout) -> torch.Tensor:
