@@ -38,7 +38,7 @@ def lanes(
 def per_row(plan: Plan | None) -> bool:
     """Do rows of a batch come to hold different numbers of entries?"""
     spec = plan.keep.select if plan is not None and plan.keep is not None else None
-    return spec is not None and spec.ragged
+    return spec is not None and spec.ragged and not spec.lossless
 
 
 def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt_length: int) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ Held = list[list[Entry]]  # by KV head
 DEFINED = {
     "score": {"attention", "value-attention", "above-average", "key-norm", "key-difference", "hybrid"},
     "spread": {"head", "layer", "slope"},
-    "pick": {"best", "distance", "representatives"},
+    "pick": {"best", "distance", "representatives", "per-query"},
     "merge": {"drop", "nearest", "neighbour"},
 }
 
@@ -105,6 +105,7 @@ class Selecting:
         self.at_end = at_end
         if spec.history and not at_end:
             pending = list(range(self.fed))[-spec.history :]
+        self.looked = self._rows(pending)
         for entries, scores in zip(held, self._scores(held, pending), strict=True):
             for e, s in zip(entries, scores, strict=True):
                 e.score = max(spec.decay * e.score, s) if spec.reduce == "max" else spec.decay * e.score + s
@@ -291,7 +292,11 @@ class Selecting:
     def _kept(self, entries: list[Entry], sure: list[bool], limit: int, upper: list[list[bool]]) -> list[Entry]:
         if len(entries) <= limit:
             return entries
-        order = sorted(range(len(entries)), key=lambda at: (sure[at], entries[at].score, at), reverse=True)
+        seers = [1] * len(entries)
+        if self.spec.pick == "per-query":
+            seers = [max(1, sum(row >= e.row for row in self.looked)) for e in entries]
+        worth = [e.score / count for e, count in zip(entries, seers, strict=True)]
+        order = sorted(range(len(entries)), key=lambda at: (sure[at], worth[at], at), reverse=True)
         kept = sorted(order[:limit])
         if self.spec.pick == "representatives":
             kept = self._standing(order, limit, sum(sure), upper)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from kvtool.cache.build import per_row
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
 from kvtool.plan import Plan
-from tests.laws.methods import TINY, looks_at_queries, on, ragged
+from tests.laws.methods import TINY, looks_at_queries, on, only, places, ragged, tiny
 from tests.models import random_ids
 from tests.running import feed, left_padded, own
 from tests.tolerance import close
@@ -34,7 +35,7 @@ def alone(model: Model, plan: Plan | None, protocol: str, chunks: list[int]) -> 
 
 
 @pytest.mark.parametrize("protocol", ["official", "strict"])
-@pytest.mark.parametrize("case", [None, *TINY])
+@places([None, *TINY])
 def test_left_padding(case: str | None, protocol: str, model: Model) -> None:
     plan = None
     if case is not None:
@@ -57,6 +58,7 @@ def test_padding_longer_than_a_chunk(chunks: list[int], any_model: Model) -> Non
 
 @pytest.mark.parametrize("case", TINY)
 def test_rows_can_be_selected_and_repeated(case: str, llama: Model) -> None:
+    only(not per_row(tiny(case, "llama")), "rows hold different numbers of entries, and say so")
     llama, plan = on(case, llama)
     ids = random_ids(3, 24, seed=8)
     order = torch.tensor([2, 0, 0, 1, 1, 2])
@@ -96,8 +98,9 @@ def copied(plan: Plan, model: Model, group: int) -> Plan:
     return dataclasses.replace(plan, model=model.fingerprint, **slots)
 
 
-@pytest.mark.parametrize("case", [case for case in TINY if not looks_at_queries(case)])
+@pytest.mark.parametrize("case", TINY)
 def test_shared_kv_heads_equal_copies(case: str, llama: Model) -> None:
+    only(not looks_at_queries(case), "a KV head decides by its own queries")
     llama, plan = on(case, llama)
     many, ids = expanded(llama), random_ids(2, 30, seed=9)
     close(own(many, ids), own(llama, ids), torch.float32)

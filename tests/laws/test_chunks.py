@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
 from tests import models
-from tests.laws.methods import TINY, on, ragged, selects, tiny
+from tests.laws.methods import TINY, by_chunk, on, only, places, ragged, selects, tiny
 from tests.models import random_ids
 from tests.running import feed, own
 from tests.tolerance import close, error
@@ -39,10 +39,11 @@ def cut(lengths: list[int]) -> list[int]:
     return [chunk for chunk in [*chunks, TOKENS - sum(chunks)] if chunk]
 
 
-@pytest.mark.parametrize("case", [case for case in TINY if not selects(case)])
+@places(TINY, turn=1)
 @settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(lengths=st.lists(st.integers(1, 14), max_size=12))
 def test_any_chunking_is_decode(case: str, model: Model, lengths: list[int]) -> None:
+    only(not selects(case), "it matters where the prompt ends")
     name = model.name
     model, plan = on(case, model)
     cache = SegmentCache(model, plan, protocol="strict")
@@ -50,16 +51,17 @@ def test_any_chunking_is_decode(case: str, model: Model, lengths: list[int]) -> 
 
 
 @pytest.mark.parametrize("chunks", [[5, 9, 6], [8, 12]], ids=str)
-@pytest.mark.parametrize("case", [case for case in TINY if selects(case)])
+@places(TINY, turn=1)
 def test_a_selection_does_not_depend_on_the_prompts_cut(case: str, chunks: list[int], model: Model) -> None:
     """It depends on where the prompt ends. A chunk of one token after the first is a decode step and ends it."""
+    only(selects(case) and not by_chunk(case), "any chunking is decode, or the plan evicts after every chunk")
     model, plan = on(case, model)
     rest = [1] * (TOKENS - 20)
     whole, cut = (feed(model, SegmentCache(model, plan), IDS, [*prompt, *rest]) for prompt in ([20], chunks))
     close(cut, whole, torch.float32)
 
 
-@pytest.mark.parametrize("case", TINY)
+@places(TINY, turn=2)
 def test_a_prompt_fed_at_once_is_seen_whole(case: str, model: Model) -> None:
     cache = SegmentCache(model, tiny(case, model.name))
     close(feed(model, cache, IDS, [TOKENS]), own(model, IDS))

@@ -10,7 +10,7 @@ from kvtool import registry
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
 from tests import models
-from tests.laws.methods import ROWS, TINY, plan, tiny, trace
+from tests.laws.methods import ROWS, TINY, places, plan, tiny, trace
 from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
@@ -34,7 +34,7 @@ def test_the_same_trace_file_twice(tmp_path: Path) -> None:
     assert payloads[0] == payloads[1]
 
 
-@pytest.mark.parametrize("case", TINY)
+@places(TINY)
 def test_the_same_logits_twice(case: str, model: Model) -> None:
     ids = random_ids(2, 25, seed=12)
     first, second = (feed(model, SegmentCache(model, tiny(case, model.name)), ids, [20, *[1] * 5]) for _ in range(2))

@@ -11,7 +11,7 @@ from kvtool.cache.bulk import Bulk
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
 from tests import models
-from tests.laws.methods import TINY, ragged, tiny
+from tests.laws.methods import TINY, places, ragged, tiny
 from tests.models import random_ids
 from tests.running import feed, own
 from tests.tolerance import close, same
@@ -19,7 +19,7 @@ from tests.tolerance import close, same
 CHUNKS = [13, 9, *[1] * 8]
 
 
-@pytest.mark.parametrize("case", TINY)
+@places(TINY, turn=1)
 def test_constant_tokens(case: str, model: Model) -> None:
     logits = feed(model, SegmentCache(model, tiny(case, model.name)), torch.full((1, 30), 5), CHUNKS)
     assert bool(torch.isfinite(logits).all())
