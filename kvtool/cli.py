@@ -190,6 +190,55 @@ def replay(
         raise RunError("broken bound: " + "; ".join(broken))
 
 
+@app.command(epilog=(
+    "\b\nExamples:"
+    "\n  kvtool compare smollm2 --methods snapkv,streaming,kivi --budgets 0.5,0.25,0.1 -o scoreboard"
+    "\n  kvtool compare smollm2 --methods all --lengths 1000,4000 -o scoreboard --resume"
+    "\n  kvtool compare smollm2 --methods snapkv --plan smollm2.duo-50 --tasks passkey --set snapkv.window=16"
+))  # fmt: skip
+def compare(
+    model: ModelName,
+    methods: Annotated[str, typer.Option(help="Methods, like snapkv,kivi; or all. See kvtool methods.")] = "",
+    budgets: Annotated[str, typer.Option(help="Shares of the full cache's bytes, 0 to 1.")] = "0.5,0.25,0.1",
+    plan: Annotated[list[str], typer.Option(help="A ready plan to compare too; repeatable.")] = [],
+    tasks: Annotated[str, typer.Option(help="What to measure.")] = "text,passkey,needle,two-hop",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths, tokens.")] = "1000",
+    ask: Annotated[str, typer.Option(help="Is the question known at compression, asked after it, or both?")] = (
+        "known,after"
+    ),
+    quality: Annotated[str | None, typer.Option(
+        help="Tasks whose mean the figure draws. Default: passkey,needle, as far as they run."
+    )] = None,
+    settings: Settings = [],
+    trace: Annotated[str | None, typer.Option(help="A trace for methods that read one, instead of a new one.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Windowed heads see only their window in prefill.")] = False,
+    chunk: Annotated[int, typer.Option(help="Tokens at a time where a method evicts within prefill.")] = 512,
+    steps: Annotated[int, typer.Option(help="Decode steps timed per row and length.")] = 8,
+    output: Annotated[str, typer.Option("-o", "--output", help="What the names of the files begin with.")] = (
+        "scoreboard"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from, or add to, what was written there.")] = False,
+    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", force: Force = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Run many methods at several budgets on the same prompts, and write one scoreboard.
+
+    Writes scoreboard.json, .csv and .png (quality against bytes held, with the Pareto front); a journal, .jsonl, from
+    which --resume goes on or to which it adds; and the plans, in scoreboard.plans. A row that fails has its error, and
+    the exit code is 1. Methods and tasks have options: --set snapkv.window=16 --set passkey.keys=4.
+    """
+    from kvtool.commands import compare as compare_command
+
+    request = compare_command.Request(
+        model, output, methods, budgets, tasks, lengths, ask, quality, settings, plan, trace, strict, chunk, steps,
+        resume, seed, device, dtype, force,
+    )  # fmt: skip
+    record = compare_command.run(request)
+    written = compare_command.write(request, record, document(record, indent=1))
+    print(document(record) if as_json else "\n".join(written))
+    if record["failed"]:
+        raise RunError("failed: " + ", ".join(record["failed"]))
+
+
 @app.command(epilog="\b\nExample: kvtool inspect smollm2.trace.safetensors --json | jq .corpora")
 def inspect(
     file: Annotated[str, typer.Argument(help="A trace or a plan; - for stdin.")], as_json: AsJson = False

@@ -103,10 +103,14 @@ def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 @contextlib.contextmanager
 def served(network: Any) -> Iterator[None]:
     """Within the block the network's attention goes through kvtool, and attention learns what tokens the network is
-    fed; afterwards nothing is left on it. Nesting costs nothing."""
-    before = network.config._attn_implementation
+    fed; afterwards nothing is left on it. Nesting costs nothing, and a forward within a forward leaves the outer one
+    what it was fed."""
+    before, fed = network.config._attn_implementation, _fed.get()
     if before == "kvtool":
-        yield
+        try:
+            yield
+        finally:
+            _fed.set(fed)
         return
     network.set_attn_implementation("kvtool")
     hook = network.base_model.register_forward_pre_hook(_note, with_kwargs=True)

@@ -34,6 +34,7 @@ class Sample:
     period: int | None = None  # repeat: R; tokens = start + R·copies
     length: int = 0  # nominal length in tokens, a grid coordinate
     depth: float = 0.0  # 0..1, where the evidence lies, a grid coordinate
+    question: int | None = None  # where in `tokens` the question begins: what stands before it is the context
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ def needle(
         ids = piece(model, rest, before=opening)
         planted: list[Part] = [f"\n\n{opening}", ids]
         inserts, tail = [(depth, planted)], [f"\n\n{question} {opening}"]
-        tokens, (spans, _) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
+        tokens, (spans, asked) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
         answer = torch.tensor(ids)
-        made.append(Sample(tokens, "needle", answer, evidence=(spans[1],), length=length, depth=depth))
+        made.append(Sample(tokens, "needle", answer, (spans[1],), length=length, depth=depth, question=asked[0][0]))
     options = dict(lengths=list(lengths), depths=list(depths), samples=samples, haystack=haystack)
     return gather("needle", made, seed=seed, options=options, sources=[straw.source])

@@ -53,9 +53,11 @@ def passkey(
             key = piece(model, f" {number}", before="number")
             needle: list[Part] = [f"\n\nImportant: {TOLD}", key, f". Remember it: {TOLD}", key, "."]
             tail = [f"\n\nWhat is the secret pass key? Important: {TOLD}"]
-            tokens, (spans, _) = compose(model, straw, rng, length=length, inserts=[(depth, needle)], tail=tail)
+            tokens, (spans, asked) = compose(model, straw, rng, length=length, inserts=[(depth, needle)], tail=tail)
             answer, evidence = torch.tensor(key), (spans[1], spans[3])
-            samples.append(Sample(tokens, "passkey", answer, evidence, length=length, depth=depth))
+            samples.append(
+                Sample(tokens, "passkey", answer, evidence, length=length, depth=depth, question=asked[0][0])
+            )
     options = dict(lengths=list(lengths), depths=list(depths), keys=keys, digits=digits, haystack=haystack)
     return gather("passkey", samples, seed=seed, options=options, sources=[straw.source])
 
@@ -92,7 +94,8 @@ def multi_passkey(
     straw = haystack if isinstance(haystack, Haystack) else Haystack(model, haystack)
     tokens, (*spans, answers) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
     evidence = tuple(span[1] for span in spans)
-    return Sample(tokens, "passkey", evidence=evidence, labels=tuple(answers[1::3]), length=length)
+    labels, asked = tuple(answers[1::3]), answers[0][0]
+    return Sample(tokens, "passkey", evidence=evidence, labels=labels, length=length, question=asked)
 
 
 def numbers(rng: random.Random, count: int, digits: int) -> list[str]:

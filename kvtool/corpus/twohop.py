@@ -63,7 +63,7 @@ def _sample(model: Model, straw: Haystack, rng: random.Random, length: int, coun
     ask = "\n\nWhat is the pass key of the place where {0} lives? {0} lives in"
     join = [piece(model, f". The pass key that opens {place}:", before=place) for place in places]
     tail: list[Part] = [ask.format(people[1]), homes[1], join[1], keys[1], ".", ask.format(people[0])]
-    tokens, (first, second, *_) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
+    tokens, (first, second, *_, asked) = compose(model, straw, rng, length=length, inserts=inserts, tail=tail)
     answer, evidence = torch.tensor(homes[0] + join[0] + keys[0]), (first[1], second[1])
     depth = min(first[1][0], second[1][0]) / length
-    return Sample(tokens, "two-hop", answer, evidence, length=length, depth=depth)
+    return Sample(tokens, "two-hop", answer, evidence, length=length, depth=depth, question=asked[0][0])

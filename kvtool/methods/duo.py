@@ -21,11 +21,11 @@ unchanged one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
-from kvtool import gates, plan
+from kvtool import gates
 from kvtool.corpus.haystack import Haystack
 from kvtool.corpus.passkey import multi_passkey
 from kvtool.errors import InputError
@@ -34,6 +34,7 @@ from kvtool.slots import Keep
 
 STATISTICS = ()
 MODEL = True
+REUSE = "gates"
 
 
 @dataclass(frozen=True)
@@ -57,36 +58,25 @@ class Options:
     gates: str = ""
 
 
+def at(budget: float) -> dict[str, Any]:
+    """The share of full heads, beside windows of 80 entries in prompts of 1,000; longer ones hold less."""
+    return {"full": max(0.0, (budget - 0.08) / 0.92)}
+
+
 def calibrate(context: Context, options: Options) -> Decision:
     if context.model is None:
         raise InputError("duo trains on the model", remedy="pass the model, or a trace that names it")
     share(options.full, "full")
     eligible = full_attention(context.geometry)
-    alpha, losses = given(options.gates, eligible) if options.gates else train(context, options, eligible)
+    if options.gates:
+        alpha, losses = gates.given(options.gates, eligible, history="loss")
+    else:
+        alpha, losses = train(context, options, eligible)
     full = best(alpha, round(options.full * int(eligible.sum())), eligible, context.seed) | ~eligible
     keep = Keep.heads(full, sink=options.sink, recent=options.recent)
     return Decision(
         keep, {"alpha": alpha, "loss": losses}, {"steps": len(losses), "full_heads": int((full & eligible).sum())}
     )
-
-
-def given(path: str, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates [L,K] and losses of an earlier plan, or gates alone of a tab-separated table, layers by KV heads."""
-    if path.endswith(".tsv"):
-        try:
-            alpha, losses = torch.from_numpy(np.loadtxt(path, ndmin=2)).float().clamp(0, 1), torch.zeros(0)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                "cannot read the gates", got=path, expected="numbers, a line per layer, tabs between KV heads"
-            ) from error
-    else:
-        evidence = plan.read(path).evidence
-        if "alpha" not in evidence:
-            raise InputError("the plan has no gates", got=path, expected="one whose evidence holds 'alpha'")
-        alpha, losses = evidence["alpha"], evidence.get("loss", torch.zeros(0))
-    if alpha.shape != eligible.shape:
-        raise InputError("the gates are of another model", got=tuple(alpha.shape), expected=tuple(eligible.shape))
-    return alpha, losses
 
 
 def train(context: Context, options: Options, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ once a group, so that nothing is dequantised in the inner loop. The authors advi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,6 +38,11 @@ class Options:
     recent: int = 128
     block: int = 128
     sink: int = 0
+
+
+def at(budget: float) -> dict[str, Any]:
+    """The nearest width, counted against 16-bit numbers as they are served: b + 32/32 of 16 bits."""
+    return {"bits": min(8, max(1, round(16 * budget - 1)))}
 
 
 def calibrate(context: Context, options: Options) -> Decision:

@@ -13,6 +13,7 @@ query heads of a KV head read one choice, the best bound of the group. The paper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,6 +42,11 @@ class Options:
         at_least(0, self, "dense", "sink", "recent")
         if self.budget <= 0:
             raise InputError("bad option budget", got=self.budget, expected="more than 0")
+
+
+def at(budget: float) -> dict[str, Any]:
+    """A share of what is read: everything is held."""
+    return {"budget": budget}
 
 
 def calibrate(context: Context, options: Options) -> Decision:

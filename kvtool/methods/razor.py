@@ -17,6 +17,7 @@ mean over the whole matrix ranks alike but scales otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from kvtool.methods._base import Context, Decision, best, full_attention, per_kv_head, share
 from kvtool.slots import Keep
@@ -36,6 +37,13 @@ class Options:
     recent: int = 4000
     recent_ratio: float = 0.2
     compensate: bool = True
+
+
+def at(budget: float) -> dict[str, Any]:
+    """A window of 0.6 of the budget, and as many full heads, 14 to 1, as the rest pays for."""
+    window = 0.6 * budget
+    full = (budget - window) / (1 - window)
+    return {"induction": full * 14 / 15, "echo": full / 15, "recent": 1, "recent_ratio": window}
 
 
 def calibrate(context: Context, options: Options) -> Decision:

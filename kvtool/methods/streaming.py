@@ -14,11 +14,11 @@ first tokens. Nothing that left the window can be recalled.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from kvtool.methods._base import Context, Decision
+from kvtool.methods._base import Context, Decision, share
 from kvtool.slots import Keep
 
 STATISTICS = ()
@@ -27,15 +27,24 @@ MODEL = False
 
 @dataclass(frozen=True)
 class Options:
-    """sink: first tokens kept. recent: size of the window, in tokens. position: reindex or original."""
+    """sink: first tokens kept. recent: size of the window, in tokens. recent_ratio: window as a share of the prompt, if
+    that is more. position: reindex or original."""
 
     sink: int = 4
     recent: int = 512
+    recent_ratio: float = 0.0
     position: Literal["reindex", "original"] = "reindex"
+
+
+def at(budget: float) -> dict[str, Any]:
+    return {"recent": 1, "recent_ratio": budget}
 
 
 def calibrate(context: Context, options: Options) -> Decision:
     g = context.geometry
     nothing = torch.zeros(g.layers, g.kv_heads, dtype=torch.bool)
-    keep = Keep.heads(nothing, sink=options.sink, recent=options.recent, position=options.position)
+    keep = Keep.heads(
+        nothing, sink=options.sink, recent=options.recent, recent_ratio=share(options.recent_ratio, "recent_ratio"),
+        position=options.position,
+    )  # fmt: skip
     return Decision(keep)

@@ -7,15 +7,19 @@ over tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from kvtool.corpus.base import Corpus
 from kvtool.corpus.text import text
+from kvtool.model import Model
 from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject, half
 
 METRICS = ("perplexity", "perplexity_full", "perplexity_ratio", "kl", "agreement")
+QUALITY, ASKED, SHORT = "agreement", False, {"samples": 2, "tokens": 128}
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,35 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         "agreement": mean["agreement"],
     }
     return Result(metrics, {"prompt": options.prompt, "tokens": options.tokens, "corpus": corpus.provenance})
+
+
+def compared(model: Model, options: Options, length: int, seed: int) -> Corpus:
+    """The prompts of a comparison, of one length; their answers are what follows in the text."""
+    corpus = text(
+        model, list(options.source), tokens=length + options.tokens, samples=options.samples, seed=seed,
+        half=half(options.source),
+    )  # fmt: skip
+    made = (replace(s, tokens=s.tokens[:length], answer=s.tokens[length:], length=length) for s in corpus.samples)
+    return replace(corpus, samples=tuple(made))
+
+
+def score(full: torch.Tensor, plan: torch.Tensor, answer: torch.Tensor) -> dict[str, float]:
+    """Logits [A,V] of both, forced along answer [A] → means over its tokens."""
+    logs, mine = full.log_softmax(-1), plan.log_softmax(-1)
+    loss, own = (-side.gather(1, answer[:, None]).mean().item() for side in (logs, mine))
+    return {
+        "loss_full": loss,
+        "loss": own,
+        "kl": (logs.exp() * (logs - mine)).sum(-1).mean().item(),
+        "agreement": (logs.argmax(-1) == mine.argmax(-1)).float().mean().item(),
+    }
+
+
+def tally(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Over prompts of equally many tokens."""
+    mean = {name: sum(found[name] for found in scores) / len(scores) for name in scores[0]}
+    ratio = math.exp(mean["loss"] - mean["loss_full"])
+    return {"perplexity_ratio": ratio, "kl": mean["kl"], "agreement": mean["agreement"], "prompts": len(scores)}
 
 
 def units(options: Options) -> int:
