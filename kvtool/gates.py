@@ -5,7 +5,8 @@
 (DuoAttention, arXiv 2410.10819, section 2.2.)
 
 `record` runs the unchanged model once and keeps what the gated run needs; `gated` runs the same tokens through the
-mixture, differentiable in α alone. It knows nothing of losses, data or schedules; methods own those.
+mixture, differentiable in α alone; `given` reads gates that were trained before. It knows nothing of losses, data or
+schedules; methods own those.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
+from kvtool import plan
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.serving import Attention, Layer
@@ -31,8 +34,6 @@ class _Recorder(Layer):
     out: torch.Tensor | None = None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        if call.softcap is not None or call.sink_logits is not None:
-            raise InputError("gates cannot be trained on a model with soft-capped attention or sink logits")
         self.out = _full(q, k, v, call)
         return self.out
 
@@ -48,10 +49,7 @@ class _Gate(Layer):
         self.alpha, self.sink, self.recent, self.full = alpha, sink, recent, full
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        full = _full(q, k, v, call) if self.full is None else self.full
-        window = windowed(q, k, v, sink=self.sink, recent=self.recent, scale=call.scale)
-        alpha = self.alpha.repeat_interleave(q.shape[1] // k.shape[1])[None, :, None, None]
-        return (window + alpha * (full - window)).to(q.dtype)
+        return mixture(q, k, v, call, self.alpha, sink=self.sink, recent=self.recent, full=self.full)
 
     def get_seq_length(self) -> int:
         return 0
@@ -85,11 +83,8 @@ def gated(
     """
     layers: list[Layer] = []
     for index, window in enumerate(model.geometry.windows):
-        if window is not None:
-            layers.append(_Recorder())
-        else:
-            full = None if own_full else recording.attention[index]
-            layers.append(_Gate(alpha[index], sink, recent, full))
+        full = None if own_full or window is not None else recording.attention[index]
+        layers.append(_Gate(alpha[index], sink, recent, full))
     with model.served():
         return _hidden(model, recording.tokens, layers)
 
@@ -99,13 +94,57 @@ def _hidden(model: Model, tokens: torch.Tensor, layers: list[Any]) -> torch.Tens
     return model.network.base_model(input_ids=ids, past_key_values=Cache(layers=layers)).last_hidden_state[0]
 
 
+def mixture(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: Attention,
+    alpha: torch.Tensor,
+    *,
+    sink: int,
+    recent: int,
+    full: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A whole sequence, q [1,H,T,D], k and v [1,K,T,D], through one layer's gates fp32 [K] → [1,H,T,D]. `full` is
+    full attention over other states. A layer with a sliding window of its own is not gated."""
+    if full is None:
+        full = _full(q, k, v, call)
+    if call.window is not None:
+        return full
+    window = windowed(q, k, v, sink=sink, recent=recent, scale=call.scale)
+    each = alpha.repeat_interleave(q.shape[1] // k.shape[1])[None, :, None, None]
+    return (window + each * (full - window)).to(q.dtype)
+
+
 def _full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
     """Causal attention, within the layer's own sliding window if it has one."""
+    if call.softcap is not None or call.sink_logits is not None:
+        raise InputError("gates cannot be trained on a model with soft-capped attention or sink logits")
     if call.window is not None:
         return windowed(q, k, v, sink=0, recent=call.window, scale=call.scale)
     if torch.is_grad_enabled() and q.requires_grad:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale, enable_gqa=True)
     return attend(q, k, v, scale=call.scale, causal=True, softcap=call.softcap)[0]
+
+
+def given(path: str, eligible: torch.Tensor, *, history: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates [L,K] and the evidence `history` [steps] of an earlier plan, or gates alone of a tab-separated table,
+    layers by KV heads."""
+    if path.endswith(".tsv"):
+        try:
+            alpha, past = torch.from_numpy(np.loadtxt(path, ndmin=2)).float().clamp(0, 1), torch.zeros(0)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                "cannot read the gates", got=path, expected="numbers, a line per layer, tabs between KV heads"
+            ) from error
+    else:
+        evidence = plan.read(path).evidence
+        if "alpha" not in evidence:
+            raise InputError("the plan has no gates", got=path, expected="one whose evidence holds 'alpha'")
+        alpha, past = evidence["alpha"], evidence.get(history, torch.zeros(0))
+    if alpha.shape != eligible.shape:
+        raise InputError("the gates are of another model", got=tuple(alpha.shape), expected=tuple(eligible.shape))
+    return alpha, past
 
 
 def windowed(
