@@ -263,13 +263,14 @@ class Bulk(Lane):
         limit = self.selector.limit or count
         if held > count or self.selector.picking.RAGGED:
             index = self.selector.choose(view, scores, count, peers)
-            if spec.merge == "drop":
-                self.recent.take(index)
-            else:
-                merged = self.selector.merging.merge(self.selector.job(view, scores, self.recent.counts(), index))
-                self.recent.become(*merged, count=spec.count)
-            scores = scores.gather(2, index)
-            self._place(index, held)
+            if index.shape[2] < held:
+                if spec.merge == "drop":
+                    self.recent.take(index)
+                else:
+                    merged = self.selector.merging.merge(self.selector.job(view, scores, self.recent.counts(), index))
+                    self.recent.become(*merged, count=spec.count)
+                scores = scores.gather(2, index)
+                self._place(index, held)
         self.selector.settle(scores, limit)
 
     def _place(self, index: torch.Tensor, held: int) -> None:

@@ -19,6 +19,7 @@ from kvtool import conflicts
 from kvtool.cache.board import Board
 from kvtool.cache.build import lanes, per_row
 from kvtool.cache.lane import Lane
+from kvtool.cache.rebuild import rebuild
 from kvtool.cache.segment_layer import SegmentLayer
 from kvtool.cache.selection import select
 from kvtool.errors import InputError
@@ -131,13 +132,17 @@ class SegmentCache(Cache):
         assert self.plan is not None
         assert self.plan.keep is not None
         assert self.plan.keep.select is not None
+        if self.plan.keep.select.observe == "rebuild":
+            rebuild(self.network, self.segments)
         select(self.plan.keep.select, self.segments)
 
     def _filled(self, layer: SegmentLayer, prompt_length: int | None) -> None:
         """The whole prompt is in one layer, the next ones to come: what its own scores select is selected now, so that
         no two layers ever hold all of a prompt."""
         spec = None if self.plan is None or self.plan.keep is None else self.plan.keep.select
-        if not self.finished and spec is not None and spec.spread != "model" and layer.columns == prompt_length:
+        if self.finished or spec is None or layer.columns != prompt_length:
+            return
+        if spec.rule("spread").LEVEL != "model" and spec.observe != "rebuild":  # which runs all layers again
             select(spec, [layer])
 
     def record_for(self, plan: Plan) -> None:
@@ -188,5 +193,7 @@ class SegmentCache(Cache):
 
 def _recorded(spec: Select) -> int:
     """How many of a prompt's newest queries a selection looks at; −1 all."""
+    if spec.observe == "rebuild":  # only the tokens matter
+        return 1
     few = spec.observe == "last" and spec.observed >= 1 and spec.rule("score").SEES != "own"
     return int(spec.observed) if few else -1

@@ -104,10 +104,12 @@ class SegmentLayer(Layer):
             self.filled(self)
         return _with_sink_logits(out, lse, call)
 
-    def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        """As `Lane.trial`, for the one row that is held."""
+    def trial(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention, number: int = 0
+    ) -> torch.Tensor:
+        """As `Lane.trial`, for the rows of one part of the batch."""
         self.scale, self.softcap = call.scale, call.softcap
-        out, lse = self.parts[0].trial(q, k, v, self._step(self.parts[0]))
+        out, lse = self.parts[number].trial(q, k, v, self._step(self.parts[number]))
         return _with_sink_logits(out, lse, call)
 
     def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor | None = None) -> None:

@@ -38,6 +38,7 @@ class Selector:
         self.spec, self.budget, self.layer, self.heads, self.rotary = spec, budget, layer, heads, rotary
         self.rule, self.picking, self.merging = spec.rule("score"), spec.rule("pick"), spec.rule("merge")
         self.needs = {need for rule in (self.rule, self.picking, self.merging) for need in getattr(rule, "NEEDS", ())}
+        self.needs |= {"tokens"} if spec.observe == "rebuild" else set()
         self.prompt_length = prompt_length
         self.queries: list[torch.Tensor] = []
         self.first: list[int] = []
@@ -53,10 +54,10 @@ class Selector:
         the entries that end with the queries' own."""
         if self.rule.SEES == "own":
             self._score_own(q, k, v, step, tags)
-        if self.rule.SEES != "queries":
+        if self.rule.SEES != "queries" or self.spec.observe == "rebuild":
             q, start = q[:, :, :0], start + q.shape[2]
-        elif self.spec.observe == "last":
-            most = self._most()
+        most = self._most()
+        if most is not None:
             q, start = q[:, :, -most:], start + max(0, q.shape[2] - most)
             while self.queries and sum(x.shape[2] for x in self.queries[1:]) + q.shape[2] >= most:
                 self.queries.pop(0)
@@ -64,11 +65,11 @@ class Selector:
         self.queries.append(q.clone())
         self.first.append(start)
 
-    def _most(self) -> int:
-        """Newest queries that may be looked at; all that come, while a share of them is not known."""
-        if self.running is not None and self.spec.history:
+    def _most(self) -> int | None:
+        """Newest queries that may be looked at; None: all that come, or a share of them that is not known yet."""
+        if self.spec.history and self.turn:
             return self.spec.history
-        return int(self.spec.observed) if self.spec.observed >= 1 else 1 << 62
+        return int(self.spec.observed) if self.spec.observe == "last" and self.spec.observed >= 1 else None
 
     def _score_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags) -> None:
         count = q.shape[2]
@@ -77,13 +78,20 @@ class Selector:
         new = self.rule.score(view)
         self.running = new if self.running is None else torch.cat([self.running, new], dim=2)
 
+    def credit(self, view: View, entries: slice) -> None:
+        """Score some entries in view, once and for all; they are the next of those held."""
+        new = self._reduced(self.rule.score(view))[:, :, entries]
+        self.running = new if self.running is None else torch.cat([self.running, new], dim=2)
+
     def _observed(self, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B,H,N,D] and their places int64 [N] among so many entries, of which the last is the newest query's own."""
         q = torch.cat(self.queries, dim=2)
         rows = torch.cat([torch.arange(at, at + x.shape[2]) for at, x in zip(self.first, self.queries, strict=True)])
         rows += entries - self.first[-1] - self.queries[-1].shape[2]
-        if self.spec.observe == "last":
-            most = self._most() if self.spec.observed >= 1 else max(1, round(self.spec.observed * len(rows)))
+        most = self._most()
+        if most is None and self.spec.observe == "last":
+            most = max(1, round(self.spec.observed * len(rows)))
+        if most is not None:
             q, rows = q[:, :, -most:], rows[-most:]
         elif self.spec.observe == "probes" and len(rows):
             count = max(1, round(PROBED * len(rows)))
@@ -105,7 +113,7 @@ class Selector:
 
     def scores(self, view: View) -> torch.Tensor:
         """Scores of the entries in view per KV head, [B,K,S], old scores included."""
-        if self.rule.SEES == "own":
+        if self.rule.SEES == "own" or self.spec.observe == "rebuild":
             assert self.running is not None
             new = self.running
         else:
@@ -158,16 +166,21 @@ class Selector:
 
     def choose(self, view: View, scores: torch.Tensor, count: int, peers: torch.Tensor) -> torch.Tensor:
         """The entries that stay, in order, int64 [B,K,N]; peers as in `Choice`."""
-        return self.picking.pick(Choice(view, scores, count, self.free(scores.shape[2]), peers))
+        return self.picking.pick(Choice(view, scores, count, self.free(scores.shape[2]), peers, self.memory))
 
     def job(self, view: View, scores: torch.Tensor, counts: torch.Tensor, index: torch.Tensor) -> Job:
         """What the merging rule is given."""
-        return Job(view, scores, counts, index, self.memory)
+        return Job(view, scores, counts, index, self.memory, self.free(scores.shape[2]))
 
     def settle(self, scores: torch.Tensor, limit: int) -> None:
-        """A choice is made: forget the queries, and remember what the next one needs of scores [B,K,N] of the kept."""
-        if not (self.spec.history and self.spec.when == "step"):
-            self.queries, self.first = [], []
+        """A choice is made: forget the queries, and remember what the next one needs of scores [B,K,N] of the kept.
+        What was dealt out at the prompt's end goes on as a share, if budgets grow."""
+        if self.spec.growing and not self.turn and limit != self.limits(self.prompt_length)[0]:
+            self.budget = [limit / self.prompt_length] * len(self.budget)
+        last = torch.cat(self.queries, dim=2)[:, :, -self.spec.history :] if self.spec.history else None
+        end = self.first[-1] + self.queries[-1].shape[2]
+        self.queries = [] if last is None else [last.clone()]
+        self.first = [] if last is None else [end - last.shape[2]]
         if self.spec.when != "prefill":
             self.running, self.limit = scores.contiguous(), limit
             self.turn += 1

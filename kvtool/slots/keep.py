@@ -20,7 +20,8 @@ class Select(Record):
     budget → pick → merge.
 
     observe: whose attention scores an entry: the `observed` newest queries ("last"; a share of the prompt if < 1),
-        `probes` (the newest 5 % and a seeded 5 % of the others), or "all" rows seen so far. history: at decode steps,
+        `probes` (the newest 5 % and a seeded 5 % of the others), or "all" rows seen so far; or "rebuild": those of the
+        network writing the prompt again (see `cache/rebuild.py`). history: at decode steps,
         so many of the newest queries, instead of those since the last choice; their own entries must be recent ones.
     score: name of the rule (see `cache/scores/`), given the observed queries, keys and values. Rules that look at
         queries soften their softmax by `temperature`, plus `warming` for every step that has scored before.
@@ -54,7 +55,7 @@ class Select(Record):
     """
 
     budget: torch.Tensor
-    observe: Literal["last", "probes", "all"] = "last"
+    observe: Literal["last", "probes", "all", "rebuild"] = "last"
     observed: float = 32
     history: int = 0
     score: str = "attention"
@@ -105,6 +106,12 @@ class Select(Record):
                 "heads that keep the same entries have the same budget",
                 expected="a spread that treats the heads of a layer alike, and one budget a layer",
             )
+        rule = self.rule("score")
+        if self.observe == "rebuild" and (self.when != "prefill" or rule.SEES != "queries" or hasattr(rule, "NEEDS")):
+            raise InputError(
+                "a prompt that is written again scores its entries once, by queries alone",
+                got=f"when {self.when}, score {self.score}", expected="when=prefill and a score such as attention",
+            )  # fmt: skip
         if self.when == "chunk" and self.ragged:
             raise InputError(
                 "after every chunk each head keeps its own budget",
@@ -124,7 +131,7 @@ class Select(Record):
     @property
     def apart(self) -> bool:
         """Do the scores say how many entries each head of a layer keeps?"""
-        return self.rule("spread").APART or self.rule("pick").RAGGED
+        return self.rule("spread").APART or (self.rule("pick").RAGGED and not self.alike)
 
     @property
     def ragged(self) -> bool:

@@ -2,12 +2,12 @@
 
 A rule is a file with `RAGGED`, which says whether it may choose another number of entries than it is asked for, and
 `pick(choice) -> int64 [B,K,N]`: the entries that stay, in order. What always stays is among them. A ragged rule is
-asked for one row and one head at a time.
+asked for one row at a time, and for one head, or for heads whose scores are the same (`Select.alike`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +19,7 @@ class Choice:
     """scores [B,K,S] of the entries in `view`, of which `count` shall stay, and whatever lies outside `free`.
 
     peers: scores [B,R,S] of all heads whose entries are chosen together with these, the lane's own among them.
+    memory: the merging rule's, which may be told there why entries stay.
     """
 
     view: View
@@ -26,6 +27,7 @@ class Choice:
     count: int
     free: slice
     peers: torch.Tensor
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def best(scores: torch.Tensor, count: int, free: slice) -> torch.Tensor:

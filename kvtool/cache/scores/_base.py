@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from zlib import crc32
 
 import torch
@@ -64,6 +65,11 @@ class View:
     def group(self) -> int:
         """Query heads per KV head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @cached_property
+    def paid(self) -> torch.Tensor:
+        """reduce_i p_ij, fp32 [B,H,S]: what the observed queries pay each entry; computed once for all who ask."""
+        return reduced(self, (p for _, p in probabilities(self)))
 
     def draws(self) -> list[torch.Generator]:
         """A source of noise per KV head, which depends neither on the batch nor on how heads share lanes."""

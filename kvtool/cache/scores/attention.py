@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.scores._base import View, probabilities, reduced
+from kvtool.cache.scores._base import View
 
 SEES = "queries"
 
 
 def score(view: View) -> torch.Tensor:
-    return reduced(view, (p for _, p in probabilities(view)))
+    return view.paid
