@@ -36,7 +36,8 @@ Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Job:
     """The entries of `view`, their scores [B,K,S] and counts fp32 [B,K,S], of which those at index int64 [B,K,N] stay.
 
-    memory: what a rule keeps from one call to the next, tensors [B,...] of its own naming.
+    memory: what a rule keeps from one call to the next, tensors [B,...] of its own naming. free: the entries that do
+    not stay whatever they score.
     """
 
     view: View
@@ -44,24 +45,28 @@ class Job:
     counts: torch.Tensor
     index: torch.Tensor
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    free: slice = field(default_factory=lambda: slice(None))
 
     @property
     def spec(self) -> Select:
         return self.view.spec
 
 
-def joined(job: Job, best: torch.Tensor, owner: torch.Tensor) -> Merged:
+def joined(job: Job, best: torch.Tensor, owner: torch.Tensor, passing: torch.Tensor | None = None) -> Merged:
     """k, v [B,K,N,D] of the kept entries after merging, and how many entries each stands for, [B,K,N].
 
-    owner int64 [B,K,S]: every entry's kept one, as a place in index; best [B,K,S]: the cosine of their keys.
+    owner int64 [B,K,S]: every entry's kept one, as a place in index; best [B,K,S]: the cosine of their keys. passing
+    bool [B,K,S]: which may join, instead of those whose cosine reaches the threshold.
     """
     spec, index = job.spec, job.index
     keys, kept = wide(job.view.k), at(wide(job.view.k), index)
-    dropped = torch.ones_like(best, dtype=torch.bool).scatter(2, index, False)
-    least: torch.Tensor | float = 0.0 if spec.threshold is None else spec.threshold
-    if spec.threshold is None:
-        least = best[dropped].unflatten(0, (*best.shape[:2], -1)).mean(-1, keepdim=True)
-    joining = (dropped & (best >= least)).to(keys.dtype) * job.counts.to(keys.dtype)
+    left = dropped(job)
+    if passing is None:
+        least: torch.Tensor | float = 0.0 if spec.threshold is None else spec.threshold
+        if spec.threshold is None:
+            least = best[left].unflatten(0, (*best.shape[:2], -1)).mean(-1, keepdim=True)
+        passing = best >= least
+    joining = (left & passing).to(keys.dtype) * job.counts.to(keys.dtype)
     own = at(job.counts[..., None].to(keys.dtype), index)[..., 0]
     total = own.scatter_add(2, owner, joining)
     weight = joining
@@ -75,6 +80,11 @@ def joined(job: Job, best: torch.Tensor, owner: torch.Tensor) -> Merged:
     divisor = total if spec.weigh == "cosine" else own.scatter_add(2, owner, weight)
     k, v = (averaged(x, index, owner, own, weight, divisor) for x in (job.view.k, job.view.v))
     return k, v, total.float()
+
+
+def dropped(job: Job) -> torch.Tensor:
+    """bool [B,K,S]: the entries that do not stay."""
+    return torch.ones_like(job.scores, dtype=torch.bool).scatter(2, job.index, False)
 
 
 def averaged(

@@ -1,0 +1,22 @@
+"""Every entry meets the kept one whose key has the largest cosine halfway; then they are averaged.
+
+    x_u ← (x_u + Σ_e (x_e + x_u) / 2) / (1 + number of e)      (LOOK-M's pivot merge: arXiv 2406.18139, as released)
+
+So half of what joins is the kept entry itself. An entry that stands for n counts n times.
+"""
+
+from __future__ import annotations
+
+from kvtool.cache.merges._base import Job, Merged, at, averaged, cosines, dropped
+from kvtool_kernels.precision import wide
+
+
+def merge(job: Job) -> Merged:
+    _, owner = cosines(job.view.k, job.index)
+    dtype = wide(job.view.k).dtype
+    joining = dropped(job).to(dtype) * job.counts.to(dtype)
+    own = at(job.counts[..., None], job.index)[..., 0].to(dtype)
+    total = own.scatter_add(2, owner, joining)
+    kept = (own + total) / 2  # own, and half of what joins
+    k, v = (averaged(x, job.index, owner, kept, joining / 2, total) for x in (job.view.k, job.view.v))
+    return k, v, total.float()
