@@ -9,7 +9,8 @@ import torch
 
 from kvtool.corpus.base import Sample, gather
 from kvtool.model import Model
-from kvtool.statistics._base import Statistic
+from kvtool.statistics._base import Copying, Statistic
+from kvtool.statistics.retrieval import Retrieval
 from tests import models
 from tests.corpora import needle
 from tests.models import INDUCTION, repeated
@@ -102,3 +103,43 @@ def test_a_prompt_that_was_not_answered_does_not_count(induction: Model) -> None
     other = dataclasses.replace(sample, answer=torch.arange(100, 112))
     statistic = seen(induction, other)
     assert (float(statistic["prompts"]), float(statistic["counted"]), float(statistic["score"].sum())) == (1, 0, 0)
+
+
+def test_mass_is_what_is_paid_to_the_whole_needle_while_it_is_copied() -> None:
+    """Against whole forward passes, one per generated token."""
+    model = models.induction_model()
+    sample = needle(model, samples=1, size=6).samples[0]
+    (start, stop), g = sample.evidence[0], model.geometry
+    assert sample.answer is not None
+    expected, ids, copies = torch.zeros(g.layers, g.query_heads).double(), sample.tokens, 0
+    for token in continuation(model, ids, len(sample.answer) + 2).tolist():
+        if token in sample.tokens[start:stop].tolist():
+            copies += 1
+            for layer, record in enumerate(written_down(model, ids)):
+                expected[layer] += record.weights[:, -1, start:stop].double().sum(-1)
+        ids = torch.cat([ids, torch.tensor([token])])
+    assert copies == len(sample.answer)
+    assert float(expected[INDUCTION]) > 0.9 * copies
+    close(seen(model, sample)["mass"], expected, torch.float32)
+
+
+@pytest.mark.parametrize(("needle_length", "wins"), [(20, "mass"), (1, "score")])
+def test_a_head_that_sees_all_of_a_long_needle_beats_one_that_points(needle_length: int, wins: str) -> None:
+    """Card CompressKV: uniform over the needle, nine tenths of its attention, against one tenth on the token copied."""
+    geometry = models.shared("llama").geometry
+    statistic = Retrieval(None, geometry)
+    prompt, start = torch.arange(60), 10
+    sample = Sample(prompt, "needle", answer=prompt[start : start + needle_length],
+                    evidence=((start, start + needle_length),))  # fmt: skip
+    statistic.begin(sample)
+    for step in range(needle_length):
+        attention = torch.zeros(geometry.layers, geometry.query_heads, 60)
+        attention[:, 0, start : start + needle_length] = 0.05 / needle_length if wins == "score" else 0.9 / needle_length
+        attention[:, 0, 59] = 1.0 - attention[:, 0].sum(-1)
+        attention[:, 1, start + step] = 0.6
+        attention[:, 1, 0] = 0.4
+        statistic.step(Copying(attention, start + step, prompt))
+    statistic.end(sample, sample.answer)
+    spread, pointing = statistic["mass"][0, :2].tolist()
+    assert (spread > pointing) == (wins == "mass")
+    assert float(statistic["score"][0, 1]) > float(statistic["score"][0, 0])

@@ -1,0 +1,34 @@
+"""Prompts for methods that calibrate on what a model does with text and with a question, by turns of half and half.
+
+Texts come from the default text, passkeys lie in the same: the half of it that no replay reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvtool.corpus.base import Sample
+from kvtool.corpus.passkey import passkey
+from kvtool.corpus.text import text
+from kvtool.errors import InputError
+from kvtool.methods._base import Context
+from kvtool.model import Model
+
+DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)  # where passkeys lie, in turn
+
+
+def prompts(context: Context, *, samples: int, tokens: int, steps: int = 1) -> list[Sample]:
+    """`samples` prompts of `tokens` tokens, each with an `answer`: what follows in the text, `steps` tokens of it, or
+    the passkey; one text more where they are odd. Raises InputError without a model."""
+    if context.model is None:
+        raise InputError("this calibration runs the model", remedy="pass the model instead of a trace")
+    corpus = text(
+        context.model, tokens=tokens + steps, samples=samples - samples // 2, seed=context.seed, half="calibration"
+    )
+    made = [replace(s, tokens=s.tokens[:tokens], answer=s.tokens[tokens:]) for s in corpus.samples]
+    return made + [_key(context.model, tokens, at, context.seed + at) for at in range(samples // 2)]
+
+
+def _key(model: Model, tokens: int, at: int, seed: int) -> Sample:
+    depths = (DEPTHS[at % len(DEPTHS)],)
+    return passkey(model, lengths=(tokens,), depths=depths, keys=1, seed=seed, haystack="calibration").samples[0]

@@ -1,0 +1,76 @@
+"""ZipVL: a layer keeps the fewest entries that hold the share τ of its attention.
+
+He et al., arXiv 2410.08584, in its second version, which evicts; the first stored the other entries in fewer bits.
+
+    a_j = Σ_i A_ij over probes i (the newest 5 % of the queries, and a random 5 % of the others), mean over all heads
+    p = min {k: the k largest a_j hold τ · Σ a};   the p entries with the largest a_j / #{probes i ≥ j} stay
+    all heads of a layer hold the same entries;   memory 2·b·d·K·Σ_l p_l
+
+p goes by sums, in which early entries have a say of more queries, and the choice by means: so the chosen entries may
+hold less than τ. `budget` bounds what layers hold in the mean; where τ asks for more, τ is lowered, for all layers
+alike, until it is met. `mode=calibrated` measures p_l on `samples` prompts, text and passkeys, and freezes each layer's
+mean share. Every decoded entry stays.
+
+No code was released. The score and its probes are of ZipCache, by the same authors, whose code divides by n − j; here,
+by the probes that see the entry. τ = 0.975 is from memory (card A27). The paper also attends to the chosen entries only
+while the prompt is read, to save time; that changes the prompt's own states, and is left out, as is the choice again
+every 100 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from kvtool.errors import InputError
+from kvtool.methods._base import Context, Decision, share, thinned
+from kvtool.methods._frozen import measured
+from kvtool.methods._prompts import prompts
+from kvtool.options import at_least
+from kvtool.slots import Keep
+
+STATISTICS = ()
+MODEL = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """tau: share of its attention that a layer keeps; 1 is all entries. budget: entries that layers keep in the mean at
+    most, a share of the prompt when at most 1, else a count. observe: probes, or all queries. mode: layers' shares by
+    each prompt, or calibrated. samples, tokens: prompts, text and passkeys, and their length that mode=calibrated
+    measures."""
+
+    tau: float = 0.975
+    budget: float = 1.0
+    observe: Literal["probes", "all"] = "probes"
+    mode: Literal["prompt", "calibrated"] = "prompt"
+    samples: int = 6
+    tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "samples", "tokens")
+        if not share(self.tau, "tau"):
+            raise InputError("bad option tau", got=0, expected="more than 0")
+
+
+def at(budget: float) -> dict[str, Any]:
+    return {"budget": budget}
+
+
+def calibrate(context: Context, options: Options) -> Decision:
+    spread = "head" if options.budget == 1.0 else "information"
+    mass = options.tau if options.tau < 1 else 0.0
+    keep = _keep(context, options, options.budget, spread=spread, mass=mass)
+    if options.mode == "prompt":
+        return Decision(keep)
+    shares = measured(context, keep, prompts(context, samples=options.samples, tokens=options.tokens))
+    return Decision(_keep(context, options, shares), {"share": shares})
+
+
+def _keep(context: Context, options: Options, budget: float | torch.Tensor, **dealing: Any) -> Keep:
+    return thinned(
+        context, budget, observe=options.observe, reduce="sum", alike=True, recent=1, pick="per-query",
+        seed=context.seed, **dealing,
+    )  # fmt: skip

@@ -1,0 +1,54 @@
+"""How many directions a head's queries take: the entropy of their spectrum, cut off after the largest 32 eigenvalues.
+
+    x = q − mean over tokens, each row divided by its norm;   Σ = xᵀx / T;   ρ = Σ / tr Σ + 1e-10·I
+    S = −Σ_{i ≤ 32} λ_i ln λ_i / ln D,   λ the eigenvalues of ρ from large to small     (UNComp, arXiv 2410.03090)
+
+of queries after RoPE, per query head and text. Because of the cut, S falls again when more than 32 directions are taken
+alike. `high` counts the texts in which a KV head is in the upper half of its layer (the larger half, of an odd number)
+by the mean of its group: such votes are what the released code adds up. 0 where all queries are the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kvtool.statistics._base import States, Statistic
+
+LARGEST = 32
+FLOOR = 1e-10
+
+
+class QueryEntropy(Statistic):
+    default = False
+
+    def zero(self) -> None:
+        self.add("entropy", self.geometry.layers, self.geometry.query_heads)
+        self.add("high", self.geometry.layers, self.geometry.kv_heads)
+        self.add("sequences", 1)
+
+    def states(self, view: States) -> None:
+        each = torch.stack([entropy(q) for q in view.q])
+        by_group = each.unflatten(0, (self.geometry.kv_heads, -1)).mean(1)
+        self["entropy"][view.layer] += each
+        self["high"][view.layer, upper(by_group)] += 1
+        if view.layer == 0:
+            self["sequences"] += 1
+
+
+def entropy(q: torch.Tensor) -> torch.Tensor:
+    """Queries of one head [T,D] → S, fp64."""
+    x = torch.nn.functional.normalize(q.double() - q.double().mean(0), dim=-1)
+    covariance = x.T @ x / len(x)
+    size = covariance.trace()
+    if not float(size):
+        return size
+    width = q.shape[-1]
+    values = torch.linalg.eigvalsh(covariance / size).flip(0)[:LARGEST].clamp_min(0) + FLOOR
+    return -(values * values.log()).sum() / math.log(width)
+
+
+def upper(scores: torch.Tensor) -> torch.Tensor:
+    """The indices of the upper half of scores [K], of which there are ⌈K/2⌉; ties go to the first."""
+    return torch.argsort(scores, descending=True, stable=True)[: (len(scores) + 1) // 2]

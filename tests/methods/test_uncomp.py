@@ -1,0 +1,64 @@
+"""Known answers of UNComp, card A17. Those of its entropy are in tests/statistics/test_query_entropy.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvtool.cache.segment_cache import SegmentCache
+from kvtool.calibrate import calibrate
+from kvtool.methods.uncomp import caps
+from kvtool.model import Model
+from kvtool.plan import Plan
+from tests import models
+from tests.laws.methods import trace
+from tests.models import random_ids
+from tests.running import feed
+
+
+def uncomp(model: Model, **settings: object) -> Plan:
+    return calibrate("uncomp", settings, model=model, trace=trace(model, ("query-entropy",)))
+
+
+def test_the_budgets_of_the_released_script() -> None:
+    assert caps(64, 0.25, 4, 8) == (16, 112)
+    assert caps(576, 2 / 3, 4, 8) == (384, 768)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize(("high", "heads"), [(1, 1), (1, 2), (2, 3), (4, 8)])
+def test_the_mean_is_the_budget_and_no_head_keeps_more_than_all(high: int, heads: int, budget: float) -> None:
+    small, large = caps(budget, 0.25, high, heads)
+    assert small <= large <= 1
+    assert (high * large + (heads - high) * small) / heads == pytest.approx(budget)
+
+
+def test_the_head_whose_queries_point_one_way_keeps_less() -> None:
+    """Planted: KV head 0 of layer 1 has queries along one line."""
+    model = models.build("llama")
+    g, weight = model.geometry, model.network.model.layers[1].self_attn.q_proj.weight
+    queries = weight.data.unflatten(0, (g.query_heads, g.head_dim))
+    queries[: g.group, 1:] = 0.0  # one channel alone is left, which RoPE turns in a plane
+    plan = uncomp(model, budget=0.4)
+    assert plan.keep is not None
+    assert plan.keep.select is not None
+    assert plan.evidence["high"][1].tolist() == [0, 1]
+    assert plan.keep.select.budget[1].tolist() == pytest.approx([0.1, 0.7])
+
+
+def test_heads_hold_their_budgets_at_every_step() -> None:
+    model = models.double("llama")
+    made = uncomp(model, budget=20, window=4)
+    cache = SegmentCache(model, made)
+    feed(model, cache, random_ids(1, 60, seed=5), [50, *[1] * 10])
+    assert made.keep is not None
+    assert made.keep.select is not None
+    assert cache.entries().tolist() == made.keep.select.budget.tolist()
+    assert cache.entries().sort(dim=1).values.tolist() == [[5, 35]] * 3
+
+
+def test_no_head_holds_less_than_its_window(llama: Model) -> None:
+    cache = SegmentCache(llama, uncomp(llama, budget=0.1, window=4))
+    feed(llama, cache, random_ids(1, 40, seed=5), [36, *[1] * 4])
+    assert int(cache.entries().min()) == 4
+    assert bool(torch.isfinite(cache.entries().float()).all())
