@@ -8,7 +8,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
+from kvtool.plan import Plan
 
 
 def feed(
@@ -69,3 +71,18 @@ def left_padded(ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
         batch[index, length - len(row) :] = row
         mask[index, length - len(row) :] = 1
     return batch, mask
+
+
+def rows_held(model: Model, plan: Plan, ids: torch.Tensor, chunks: Sequence[int], layer: int = 0) -> list[list[int]]:
+    """The tokens of ids [1,T] whose entries the KV heads of a layer hold, in order. At decode steps of the first layer
+    only: its keys depend on the tokens alone."""
+    full, cache = SegmentCache(model), SegmentCache(model, plan, prompt_length=chunks[0])
+    for each in (full, cache):
+        feed(model, each, ids, chunks)
+        each.finish()
+    keys = next(full.segments[layer].lanes()).recall()[0][0]
+    found: dict[int, list[int]] = {}
+    for lane in cache.segments[layer].lanes():
+        apart = (lane.recall()[0][0][:, :, None] - keys[lane.heads][:, None]).abs().amax(-1)
+        found |= {head: row.argmin(1).tolist() for head, row in zip(lane.heads, apart, strict=True)}
+    return [found[head] for head in sorted(found)]

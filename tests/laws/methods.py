@@ -47,7 +47,7 @@ LOCOCO: Options = dict(
     steps=3, lengths=(120,), prompts=1, kinds=("text",), slots=4, kernel=3, window=3, recent=2, trained=(0.2, 0.5)
 )  # fmt: skip
 BRIEF: Options = dict(samples=1, tokens=40)  # what a calibrated mode reads
-SPANS: Options = dict(opening=tuple("!\"#$%&'()*+-./01234567"), closing=tuple("89:;<=>?@ABCDEFG"))  # common ones
+SPANS: Options = dict(opening=tuple("!\"#$%&'()*+-./"), closing=tuple("0123456789:;<=>?@ABCDEFGHIJKLMNOPQRS"))  # often
 MARKED: Options = dict(open=tuple("!\"#$%&'()*+-./01234567"), close=tuple("89:;<=>?"))  # enough for spans in random ids
 ROWS = {
     "streaming": Row(
