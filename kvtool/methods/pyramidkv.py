@@ -6,7 +6,8 @@ Cai et al., arXiv 2406.02069.
     layer l keeps  high − l·⌊(high − low)/(L − 1)⌋  by SnapKV's score, and the window's w;   memory 2·b·d·K·Σ_l
 
 The slope is the same for every model and prompt. Whole steps let the sum exceed L·B a little. `mode=code` makes the
-budget flat where n < 2b, as the released code does; `mode=paper` clips the pyramid's foot instead. The released code keeps a set for each query head; here each KV head has one.
+budget flat where n < 2b, as the released code does; `mode=paper` clips the pyramid's foot instead. The released code
+keeps a set for each query head; here each KV head has one.
 """
 
 from __future__ import annotations

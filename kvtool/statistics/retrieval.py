@@ -4,7 +4,8 @@ For one prompt, score(h) = |copied by h ∩ needle| / |needle|: a needle token c
 decode step, the head's top-1 key is that token and the step generates it (arXiv 2404.15574, section 2). The
 released code adds up steps instead, so a repeated token can push a score above 1; that sum is kept as `steps`. `mass`
 is the attention that a head pays to the whole needle in those steps that generate one of its tokens (CompressKV, arXiv
-2508.02401, whose code counts a step again for each place where the needle holds the token; here it counts once). A prompt counts only if more than half of the needle's tokens were generated (ROUGE-1 recall > 0.5).
+2508.02401, whose code counts a step again for each place where the needle holds the token; here it counts once). A
+prompt counts only if more than half of the needle's tokens were generated (ROUGE-1 recall > 0.5).
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ ROWS = {
     ),
     "elastic": Row(
         tiny=(dict(budget=0.4, sink=2, distance=4), dict(budget=0.5, sink=1, distance=3, mode="code")),
-        lossless=(dict(budget=1.0), dict(budget=1.0, mode="code")),
+        lossless=(dict(budget=1.0),),
         ladder=tuple(dict(budget=share, sink=1, distance=4) for share in (0.1, 0.3, 0.6, 1.0)),
     ),
     "ems": Row(
@@ -151,7 +151,7 @@ ROWS = {
         ladder=tuple(dict(budget=share, sink=1, recent=2) for share in (0.05, 0.2, 0.5, 1.0)),
     ),
     "lookm": Row(
-        tiny=tuple(MARKED | dict(heavy=0.2, recent=0.1, merge=merge) for merge in ("avg", "pivot", "weighted")),
+        tiny=tuple(MARKED | dict(heavy=0.2, recent=0.1, merge=merge) for merge in ("avg", "pivot")),
         lossless=(MARKED | dict(heavy=0.5, recent=0.5), {}),
         ladder=tuple(MARKED | dict(heavy=share / 2, recent=share / 2) for share in (0.05, 0.3, 0.6, 1.0)),
     ),
