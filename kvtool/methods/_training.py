@@ -138,15 +138,14 @@ class Trainer:
                 moments = {moment: kept[f"{name}.{moment}"].to(device, copy=True) for moment in MOMENTS}
                 self.optimiser.state[tensor] = {"step": torch.tensor(float(len(self.losses))), **moments}
 
-    def step(self, loss: torch.Tensor, shown: float) -> None:
-        """One step down `loss`, of which `shown` is reported."""
+    def step(self, shown: float) -> None:
+        """One step down the gradients that are there, which are gone afterwards; `shown`: the loss."""
         done = len(self.losses)
         for group, lr in zip(self.optimiser.param_groups, self.lr.values(), strict=True):
             group["lr"] = lr * ramp(done, self.steps)
-        self.optimiser.zero_grad()
-        loss.backward()
         torch.nn.utils.clip_grad_value_(self.tensors.values(), self.clip)
         self.optimiser.step()
+        self.optimiser.zero_grad()
         self.losses.append(shown)
         self.context.progress(done + 1, self.steps, f"loss {shown:.4f}")
         if (done + 1) % EVERY == 0:

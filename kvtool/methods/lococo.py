@@ -134,24 +134,27 @@ def train(context: Context, options: Options) -> tuple[Tensors, torch.Tensor]:
     specs = [selection(context, options, budget, {}) for budget in options.trained]
     for step in range(len(trainer.losses), options.steps):
         seen, spec = _training.states(model, made[step % len(made)]), specs[step % len(specs)]
-        kernels, biases, shares = (trainer.tensors[name] for name in TABLES)
-        own = list(zip(kernels, biases, shares, strict=True))
-        total = torch.stack([loss(model, spec, seen[layer], own[number]) for number, layer in enumerate(layers)])
-        if not total.requires_grad:
-            raise InputError(
-                "no entry is mixed in training", got=f"{made[step % len(made)].question} entries, recent "
-                f"{options.recent}, budget {options.trained[step % len(specs)]}",
-                remedy="train on longer prompts, or with larger budgets or fewer recent entries",
-            )  # fmt: skip
-        trainer.step(total.sum(), float(total.detach().mean()))
+        shown = 0.0
+        for number, layer in enumerate(layers):  # layer by layer, so that no two graphs are held at once
+            kernel, bias, share = (trainer.tensors[name][number] for name in TABLES)
+            missed = loss(model, spec, seen[layer], (kernel, bias, share))
+            if not missed.requires_grad:
+                raise InputError(
+                    "no entry is mixed in training", got=f"{made[step % len(made)].question} entries, recent "
+                    f"{options.recent}, budget {options.trained[step % len(specs)]}",
+                    remedy="train on longer prompts, or with larger budgets or fewer recent entries",
+                )  # fmt: skip
+            missed.backward()
+            shown += float(missed.detach()) / len(layers)
+        trainer.step(shown)
         with torch.no_grad():
             trainer.tensors["share"].clamp_(0.0, 1.0)
-    tensors, shown = trainer.done()
+    tensors, losses = trainer.done()
     tables = {}
     for name, tensor in tensors.items():
         tables[name] = torch.zeros(context.geometry.layers, *tensor.shape[1:], dtype=torch.bfloat16)
         tables[name][layers] = tensor.bfloat16()
-    return tables, shown
+    return tables, losses
 
 
 def fresh(context: Context, options: Options, layers: int) -> Tensors:

@@ -113,7 +113,8 @@ def train(context: Context, options: Options) -> tuple[Tensors, torch.Tensor]:
         scores = retained(x.float(), *trainer.tensors.values())
         apart = functional.smooth_l1_loss(scores, label, reduction="none").mean((1, 2))
         rough = (scores[..., 1:] - scores[..., :-1]).square().mean((1, 2))
-        trainer.step((apart + options.smooth * rough).sum(), float(apart.detach().mean()))
+        (apart + options.smooth * rough).sum().backward()
+        trainer.step(float(apart.detach().mean()))
     tensors, losses = trainer.done()
     tables = {}
     for name, tensor in tensors.items():
