@@ -1,4 +1,4 @@
-"""Known answers of CompressKV, card A4. Its head score: tests/statistics/test_retrieval.py; errors: test_sensitivity."""
+"""Known answers of CompressKV, card A4. Its head score is in tests/statistics/, its errors in test_sensitivity."""
 
 from __future__ import annotations
 

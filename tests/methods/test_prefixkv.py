@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-import torch
 
 from kvtool.calibrate import calibrate
 from kvtool.model import Model
@@ -28,18 +29,18 @@ def test_all_heads_of_a_layer_hold_the_same_entries_sinks_and_the_last_among_the
 
 
 def test_decode_steps_drop_what_stands_at_a_distance() -> None:
-    """What stands `distance` before the newest goes, whatever it scores; the layer's share of all tokens is held meanwhile."""
+    """What stands `distance` before the newest goes, whatever it scores; the layer's share is held."""
     model, distance = models.double("llama"), 5
     plan = prefixkv(model, budget=0.5, mode="prompt", distance=distance, sink=2)
     ids = random_ids(1, 60, seed=3)
     held = [rows_held(model, plan, ids[:, : 40 + steps], [40, *[1] * steps])[0] for steps in range(1, 20)]
     share = len(rows_held(model, plan, ids[:, :40], [40])[0]) / 40
-    for steps, (before, after) in enumerate(zip(held, held[1:], strict=False), 2):
+    for steps, (before, after) in enumerate(itertools.pairwise(held), 2):
         assert len(after) == round(share * (40 + steps))
         came = [*before, 39 + steps]
         gone = [came.index(row) for row in came if row not in after]
         assert gone in ([], [len(came) - 1 - distance])
-    assert sum(len(after) == len(before) for before, after in zip(held, held[1:], strict=False)) > 5
+    assert sum(len(after) == len(before) for before, after in itertools.pairwise(held)) > 5
 
 
 def test_calibrated_layers_hold_the_budget_in_the_mean(llama: Model) -> None:
