@@ -32,9 +32,9 @@ MODEL = False
 class Options:
     """budget: entries each KV head keeps of the prompt, a share when at most 1, else a count. mode: whose queries say
     what is to be expected, those of the trace (calibrated) or the prompt's own. future: positions to come. sink: first
-    entries that always stay, whose queries do not count. covariance: do queries vary? norm: does the value's norm
-    count? epsilon: added to the attention before the norm. spread: over what the budget is dealt out by score: head for
-    each its own, layer, or model."""
+    entries that always stay, whose queries do not count. covariance: queries vary, their mean is not all that counts.
+    norm: the value's norm counts. epsilon: added to the attention before the norm. spread: over what the budget is
+    dealt out by score: head for each its own, layer, or model."""
 
     budget: float = 0.25
     mode: Literal["calibrated", "prompt"] = "calibrated"

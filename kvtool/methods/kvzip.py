@@ -36,7 +36,6 @@ from kvtool.slots import Keep
 
 STATISTICS = ()
 MODEL = True
-WORDS = ("instruction", "onward", "opening")
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class Options:
     """budget: entries kept of the prompt, a share when at most 1, else a count per KV head. spread: over what the
     budget is dealt out by score: model, layer, or head for each its own. mode: prompt scores each prompt; heads scores
     KV heads once, on calibration text. chunk: tokens that are written again in one pass. sink: first entries that
-    always stay. score: attention, or value-attention for attention times the norm of the value. instruction, onward,
-    opening: what asks for the first chunk, for a later one, and ends either. full: share of KV heads that keep
-    everything. recent: entries of the others besides the first ones. samples, tokens: texts and their length that
-    mode=heads measures."""
+    always stay. score: attention, or value-attention for attention times the norm of the value. instruction: what
+    asks for the first chunk, after a blank line. onward: what asks for a later one, before the tokens that it follows.
+    opening: what ends either, before a new line. full: share of KV heads that keep everything. recent: entries of the
+    others besides the first ones. samples, tokens: texts and their length that mode=heads measures."""
 
     budget: float = 0.25
     spread: Literal["model", "layer", "head"] = "model"
@@ -55,9 +54,9 @@ class Options:
     chunk: int = 2000
     sink: int = 4
     score: Literal["attention", "value-attention"] = "attention"
-    instruction: str = "\n\nWrite the text above down again, word for word."
-    onward: str = "\n\nWrite the text above down again, word for word, beginning with:"
-    opening: str = "\n"
+    instruction: str = "Write the text above down again, word for word."
+    onward: str = "Write the text above down again, word for word, beginning after:"
+    opening: str = ""
     full: float = 0.5
     recent: int = 64
     samples: int = 4
@@ -76,7 +75,12 @@ def at(budget: float) -> dict[str, Any]:
 def calibrate(context: Context, options: Options) -> Decision:
     if context.model is None:
         raise InputError("kvzip asks the model to write", remedy="pass the model, or a trace that names it")
-    settings = {name: tuple(piece(context.model, getattr(options, name))) for name in WORDS}
+    words = {
+        "instruction": f"\n\n{options.instruction}",
+        "onward": f"\n\n{options.onward}",
+        "opening": f"{options.opening}\n",
+    }
+    settings = {name: tuple(piece(context.model, told)) for name, told in words.items()}
     keep = thinned(
         context, options.budget, observe="rebuild", score=options.score, reduce="max", group="max",
         spread=options.spread, sink=options.sink, settings={**settings, "chunk": options.chunk},

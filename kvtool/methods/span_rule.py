@@ -31,7 +31,7 @@ MODEL = True
 @dataclass(frozen=True)
 class Options:
     """opening, closing: markers that a span lies between, several where there are several kinds. buffer: newest closed
-    spans that stay. markers: do a span's markers go with it? position: original, or reindex to close up the gap."""
+    spans that stay. markers: a span's markers go with it. position: original, or reindex to close up the gap."""
 
     opening: tuple[str, ...] = ("<think>",)
     closing: tuple[str, ...] = ("</think>",)

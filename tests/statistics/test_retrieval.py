@@ -134,7 +134,9 @@ def test_a_head_that_sees_all_of_a_long_needle_beats_one_that_points(needle_leng
     statistic.begin(sample)
     for step in range(needle_length):
         attention = torch.zeros(geometry.layers, geometry.query_heads, 60)
-        attention[:, 0, start : start + needle_length] = 0.05 / needle_length if wins == "score" else 0.9 / needle_length
+        attention[:, 0, start : start + needle_length] = (
+            0.05 / needle_length if wins == "score" else 0.9 / needle_length
+        )
         attention[:, 0, 59] = 1.0 - attention[:, 0].sum(-1)
         attention[:, 1, start + step] = 0.6
         attention[:, 1, 0] = 0.4

@@ -69,7 +69,7 @@ class View:
     @cached_property
     def paid(self) -> torch.Tensor:
         """reduce_i p_ij, fp32 [B,H,S]: what the observed queries pay each entry; computed once for all who ask."""
-        return reduced(self, (p for _, p in probabilities(self)))
+        return reduced(self, (p for _, p in visible(self)))
 
     def draws(self) -> list[torch.Generator]:
         """A source of noise per KV head, which depends neither on the batch nor on how heads share lanes."""
@@ -81,32 +81,43 @@ def probabilities(view: View, noise: Noise | None = None) -> Iterator[tuple[torc
     """A block of the observed queries at a time: their places [n], and p [B,H,n,S], 0 where nothing is seen.
 
     noise: what is added to a block's logits, given their shape."""
+    for rows, p in visible(view, noise):
+        yield rows, torch.nn.functional.pad(p, (0, view.k.shape[2] - p.shape[-1]))
+
+
+def visible(view: View, noise: Noise | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """As `probabilities`, but p ends with the last entry that a query of the block sees."""
     keys = wide(view.k).repeat_interleave(view.group, 1).transpose(-1, -2)
-    columns = torch.arange(view.k.shape[2], device=view.k.device)
     heat = view.spec.temperature + view.spec.warming * view.turn
     for low in range(0, view.q.shape[2], BLOCK):
         rows = view.rows[low : low + BLOCK]
-        logits = view.scale * (wide(view.q[:, :, low : low + BLOCK]) @ keys)
+        first, end = int(rows.min()) + 1, min(int(rows.max()) + 1, view.k.shape[2])
+        logits = (view.scale * wide(view.q[:, :, low : low + BLOCK])) @ keys[..., :end]
         if view.softcap is not None:
             logits = view.softcap * torch.tanh(logits / view.softcap)
         if noise is not None:
             logits = logits + noise(logits.shape).to(logits)
-        yield rows, torch.softmax((logits / heat).masked_fill(columns > rows[:, None], float("-inf")), -1)
+        if heat != 1:
+            logits = logits / heat
+        hidden = torch.arange(first, end, device=logits.device) > rows[:, None]
+        logits[..., first:].masked_fill_(hidden, float("-inf"))
+        yield rows, torch.softmax(logits, -1)
 
 
 def reduced(view: View, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Blocks [B,H,n,S] of all observed queries, 0 where nothing is seen → [B,H,S], as `Select.reduce` says."""
-    spec, total, squares, best = view.spec, None, None, None
+    """Blocks [B,H,n,≤S] of all observed queries, 0 where nothing is seen → [B,H,S], as `Select.reduce` says."""
+    spec, entries = view.spec, view.k.shape[2]
+    total, squares, best = torch.zeros(3, 1, 1, 1, dtype=wide(view.k).dtype, device=view.k.device).unbind(0)
     for p in blocks:
-        total = p.sum(2) if total is None else total + p.sum(2)
+        lacking = (0, entries - p.shape[-1])
+        total = total + torch.nn.functional.pad(p.sum(2), lacking)
         if spec.variance:
-            squares = p.square().sum(2) if squares is None else squares + p.square().sum(2)
+            squares = squares + torch.nn.functional.pad(p.square().sum(2), lacking)
         if spec.reduce == "max":
-            best = p.amax(2) if best is None else torch.maximum(best, p.amax(2))
-    assert total is not None
-    columns = torch.arange(view.k.shape[2], device=total.device)
+            best = torch.maximum(best, torch.nn.functional.pad(p.amax(2), lacking))
+    columns = torch.arange(entries, device=total.device)
     seen = (view.rows[:, None] >= columns).sum(0).clamp_min(1)
-    out = best if best is not None else total / seen if spec.reduce == "mean" else total
-    if squares is not None:
+    out = best if spec.reduce == "max" else total / seen if spec.reduce == "mean" else total
+    if spec.variance:
         out = out + spec.variance * (squares - total.square() / seen).clamp_min(0) / (seen - 1).clamp_min(1)
     return out

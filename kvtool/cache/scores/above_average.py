@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.scores._base import View, probabilities, reduced
+from kvtool.cache.scores._base import View, reduced, visible
 
 SEES = "queries"
 
 
 def score(view: View) -> torch.Tensor:
-    return reduced(view, ((p >= 1 / (rows[:, None] + 1)).to(p.dtype) for rows, p in probabilities(view)))
+    return reduced(view, ((p >= 1 / (rows[:, None] + 1)).to(p.dtype) for rows, p in visible(view)))

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from kvtool.cache.scores._base import View, probabilities, reduced
+from kvtool.cache.scores._base import View, reduced, visible
 
 SEES = "queries"
 
@@ -27,6 +27,6 @@ def score(view: View) -> torch.Tensor:
         view = replace(view, scale=1.0)
     if not settings["causal"]:
         view = replace(view, rows=torch.full_like(view.rows, entries - 1))
-    best = reduced(view, (p.mean(1, keepdim=True) for _, p in probabilities(view))).expand(-1, view.k.shape[1], -1)
+    best = reduced(view, (p.mean(1, keepdim=True) for _, p in visible(view))).expand(-1, view.k.shape[1], -1)
     threshold = view.table("threshold").to(best)
     return best / threshold if float(threshold) > 0 else best + 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.scores._base import View, probabilities, reduced
+from kvtool.cache.scores._base import View, reduced, visible
 from kvtool_kernels.precision import wide
 
 SEES = "queries"
@@ -17,4 +17,4 @@ SEES = "queries"
 
 def score(view: View) -> torch.Tensor:
     size = wide(view.v).abs().sum(-1).repeat_interleave(view.group, 1)[:, :, None]
-    return reduced(view, (p * size for _, p in probabilities(view)))
+    return reduced(view, (p * size[..., : p.shape[-1]] for _, p in visible(view)))

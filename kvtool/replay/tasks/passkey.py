@@ -14,7 +14,7 @@ from kvtool.replay.tasks._recall import Ask, grouped, prompts, recalled, score, 
 
 __all__ = ["Options", "compared", "grouped", "prompts", "recalled", "run", "score", "show", "tally", "units"]
 METRICS = ("recall", "recall_full")
-QUALITY, ASKED, SHORT = "recall", True, {"keys": 2}
+QUALITY, ASKED, SHORT = "recall", True, {"keys": 1}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kvtool.options import at_least
 from kvtool.replay.subject import SIDES, Progress, Result, Subject, half
 
 METRICS = ("perplexity", "perplexity_full", "perplexity_ratio", "kl", "agreement")
-QUALITY, ASKED, SHORT = "agreement", False, {"samples": 2, "tokens": 128}
+QUALITY, ASKED, SHORT = "agreement", False, {"samples": 2, "tokens": 64}
 
 
 @dataclass(frozen=True)

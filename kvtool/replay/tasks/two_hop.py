@@ -18,7 +18,7 @@ from kvtool.replay.tasks._recall import Ask, score, tally
 
 __all__ = ["Options", "compared", "run", "score", "show", "tally", "units"]
 METRICS = ("two_hop", "two_hop_full")
-QUALITY, ASKED, SHORT = "recall", True, {"samples": 6}
+QUALITY, ASKED, SHORT = "recall", True, {"samples": 3}
 
 
 @dataclass(frozen=True)
