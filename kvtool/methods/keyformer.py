@@ -28,8 +28,8 @@ MODEL = False
 @dataclass(frozen=True)
 class Options:
     """keep: entries that stay, a share of the prompt when at most 1, else a count. recent: share of those that stay
-    for being the latest. tau_init, tau_end: temperature for the prompt, and after `steps` decode steps. mode: paper
-    or code."""
+    for being the latest. tau_init: temperature for the prompt. tau_end: temperature after so many decode steps as
+    `steps` says. steps: decode steps over which the temperature rises. mode: paper or code."""
 
     keep: float = 0.6
     recent: float = 0.3

@@ -22,6 +22,8 @@ from tests.running import own
 
 SMALL: dict[str, dict[str, Any]] = {
     "passkey": {"lengths": (200, 260), "depths": (0.2, 0.8), "keys": 2, "batch": 3},
+    "needle": {"lengths": (260,), "depths": (0.3, 0.8), "samples": 1},
+    "two-hop": {"lengths": (400,), "samples": 2},
     "text": {"prompt": 48, "tokens": 6, "samples": 2},
     "generation": {"prompt": 48, "tokens": 6},
     "speed": {"length": 100, "steps": 3, "repeats": 2},
