@@ -25,7 +25,7 @@ from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
 
-GOLDEN = "91ab6529535e239cc2625c9fb57467c7bb7127ff2d725c63b153c6e68ed3d892"
+GOLDEN = "baceb61842c8215c5306932405c6e22bdbdd1c6d997ee261ad144f5146fded70"
 
 
 def small() -> Plan:

@@ -79,10 +79,8 @@ class Bulk(Lane):
         pieces = self._pieces(k.shape[2]) if step.strict else [k.shape[2]]
         if len(pieces) == 1:
             return self._one(q, k, v, step)
-        outs = [
-            self._one(*parts, step)
-            for parts in zip(q.split(pieces, 2), k.split(pieces, 2), v.split(pieces, 2), strict=True)
-        ]
+        cut = zip(q.split(pieces, 2), k.split(pieces, 2), v.split(pieces, 2), step.split(pieces), strict=True)
+        outs = [self._one(*parts) for parts in cut]
         return torch.cat([out for out, _ in outs], dim=2), torch.cat([lse for _, lse in outs], dim=2)
 
     def _pieces(self, tokens: int) -> list[int]:
@@ -157,9 +155,10 @@ class Bulk(Lane):
         if q is None or self.selector is None or not self.finished:
             self._receive(k, v, step)
         else:
-            for row, key, value in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True):
-                self._receive(key, value, step)
-                self._observe(row, step)
+            each = step.split([1] * k.shape[2])
+            for row, key, value, now in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), each, strict=True):
+                self._receive(key, value, now)
+                self._observe(row, now)
         self._move()
 
     def branch(self) -> Bulk:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ class Step:
     strict: bool = False
     origin: int = 0
     tokens: torch.Tensor | None = None
+
+    def split(self, pieces: list[int]) -> list[Step]:
+        """The circumstances of so many tokens each."""
+        if self.tokens is None:
+            return [self] * len(pieces)
+        return [replace(self, tokens=tokens) for tokens in self.tokens.split(pieces, 1)]
 
     @property
     def options(self) -> dict[str, Any]:

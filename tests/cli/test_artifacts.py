@@ -71,7 +71,7 @@ def test_each_method_explains_its_options(name: str) -> None:
 
 def test_replay_measures_what_its_tasks_say(model: Path, lossless: Path, here: Path) -> None:
     record = kv("replay", model, "--plan", lossless, *REPLAY, "--json").fine().document
-    modules = [registry.module("replay/tasks", name, "task") for name in registry.names("replay/tasks")]
+    modules = [registry.module("replay/tasks", name, "task") for name in ("passkey", "text", "generation", "speed")]
     drafted = {metric for module in modules for metric in getattr(module, "DRAFTED", ())}  # there is no draft here
     assert set(record["metrics"]) == {metric for module in modules for metric in module.METRICS} - drafted
     assert record["metrics"]["bytes_ratio"] == 1.0
