@@ -21,7 +21,7 @@ needle's first words. That less than 5 % of the heads score above 0.1 is from me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -46,6 +46,11 @@ class Options:
     mode: Literal["paper", "code"] = "paper"
     reduce: Literal["max", "mean"] = "max"
     answered: int = 1
+
+
+def at(budget: float) -> dict[str, Any]:
+    """The share of full heads, beside windows of 80 entries in prompts of 1,000; longer ones hold less."""
+    return {"full": max(0.0, (budget - 0.08) / 0.92)}
 
 
 def calibrate(context: Context, options: Options) -> Decision:

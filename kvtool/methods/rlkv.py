@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,6 +42,7 @@ from kvtool.slots import Keep
 
 STATISTICS = ()
 MODEL = True
+REUSE = "gates"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for its state
 
 
@@ -76,6 +78,11 @@ class Options:
 
     def __post_init__(self) -> None:
         at_least(1, self, "steps", "problems", "batch", "samples", "updates")
+
+
+def at(budget: float) -> dict[str, Any]:
+    """The share of full heads, beside windows of 80 entries in prompts of 1,000; longer ones hold less."""
+    return {"full": max(0.0, (budget - 0.08) / 0.92)}
 
 
 def calibrate(context: Context, options: Options) -> Decision:
