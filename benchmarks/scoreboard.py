@@ -40,10 +40,7 @@ def _cells(row: dict[str, Any], length: str | None) -> list[str]:
     return [
         f"`{row['name']}`",
         f"{found['bytes_ratio']:.3f}",
-        *(
-            "/".join(_recall(found, ask, task) for ask in ("known", "after"))
-            for task in ("passkey", "needle", "two-hop")
-        ),
+        *(_recall(found, task) for task in ("passkey", "needle", "two-hop")),
         *(f"{text[name]:.3f}" if name in text else "" for name in ("perplexity_ratio", "kl", "agreement")),
         f"{found['prefill_ratio']:.2f}",
         "" if seconds is None else "none" if seconds < 1 else f"{seconds:.0f} s",
