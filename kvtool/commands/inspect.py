@@ -56,5 +56,6 @@ def _short(value: object) -> str:
             return f"{value[0]} (all {len(value)})"
         return ", ".join(map(str, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key}={_short(item)}" for key, item in value.items())
+        inner = value["items"] if value.keys() == {"items"} else value  # a dictionary in a record
+        return ", ".join(f"{key}={_short(item)}" for key, item in inner.items()) or "none"
     return str(value)

@@ -32,7 +32,7 @@ class Options:
     goes at once."""
 
     budget: float = 0.5
-    history: int = 32
+    history: int = 8
     recent: int = 32
     drop: float = 0.5
 
