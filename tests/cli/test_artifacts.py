@@ -52,7 +52,7 @@ def test_inspect_tells_a_trace(trace: Path) -> None:
     assert seen["bytes"] == sum(tensor["bytes"] for tensor in seen["tensors"].values())
     assert seen["corpora"]["text"][0]["options"]["half"] == "calibration"
     for word in ("text", "needle", "repeat", "tiny llama", "first 40 of"):
-        assert word in ran.err
+        assert word in " ".join(ran.err.split())  # long paths make the table fold lines
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,14 @@ def probabilities(view: View, noise: Noise | None = None) -> Iterator[tuple[torc
 
 def visible(view: View, noise: Noise | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """As `probabilities`, but p ends with the last entry that a query of the block sees."""
-    keys = wide(view.k).repeat_interleave(view.group, 1).transpose(-1, -2)
+    keys, kv_heads = wide(view.k).mT, view.k.shape[1]
     heat = view.spec.temperature + view.spec.warming * view.turn
     for low in range(0, view.q.shape[2], BLOCK):
         rows = view.rows[low : low + BLOCK]
         first, end = int(rows.min()) + 1, min(int(rows.max()) + 1, view.k.shape[2])
-        logits = (view.scale * wide(view.q[:, :, low : low + BLOCK])) @ keys[..., :end]
+        q = view.scale * wide(view.q[:, :, low : low + BLOCK])
+        logits = q.reshape(len(q), kv_heads, -1, q.shape[-1]) @ keys[..., :end]
+        logits = logits.reshape(*q.shape[:3], end)
         if view.softcap is not None:
             logits = view.softcap * torch.tanh(logits / view.softcap)
         if noise is not None:
