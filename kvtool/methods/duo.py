@@ -21,16 +21,15 @@ unchanged one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from kvtool import gates
 from kvtool.corpus.haystack import Haystack
 from kvtool.corpus.passkey import multi_passkey
-from kvtool.errors import InputError
-from kvtool.methods._base import Context, Decision, best, full_attention, share
-from kvtool.slots import Keep
+from kvtool.methods._base import Context, Decision
+from kvtool.methods._gates import Training, given, split
+from kvtool.methods._gates import at as at
 
 STATISTICS = ()
 MODEL = True
@@ -58,80 +57,35 @@ class Options:
     gates: str = ""
 
 
-def at(budget: float) -> dict[str, Any]:
-    """The share of full heads, beside windows of 80 entries in prompts of 1,000; longer ones hold less."""
-    return {"full": max(0.0, (budget - 0.08) / 0.92)}
-
-
 def calibrate(context: Context, options: Options) -> Decision:
-    if context.model is None:
-        raise InputError("duo trains on the model", remedy="pass the model, or a trace that names it")
-    share(options.full, "full")
-    eligible = full_attention(context.geometry)
-    if options.gates:
-        alpha, losses = gates.given(options.gates, eligible, history="loss")
-    else:
-        alpha, losses = train(context, options, eligible)
-    full = best(alpha, round(options.full * int(eligible.sum())), eligible, context.seed) | ~eligible
-    keep = Keep.heads(full, sink=options.sink, recent=options.recent)
-    return Decision(
-        keep, {"alpha": alpha, "loss": losses}, {"steps": len(losses), "full_heads": int((full & eligible).sum())}
-    )
+    ready = given(context, options.gates, "loss") if options.gates else train(context, options)
+    return split(context, options, *ready, name="loss")
 
 
-def train(context: Context, options: Options, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def train(context: Context, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(alpha fp32 [L,K], distillation loss per step fp32 [steps])."""
     model = context.model
     assert model is not None
-    alpha = context.resume.get("alpha", torch.ones(eligible.shape)).to(model.device, copy=True).requires_grad_(True)
-    optimiser = torch.optim.AdamW([alpha], lr=options.lr, weight_decay=0.0)
-    losses = context.resume.get("loss", torch.zeros(0)).tolist()
-    if "moment" in context.resume:
-        moments = {
-            "exp_avg": context.resume["moment"].to(model.device, copy=True),
-            "exp_avg_sq": context.resume["moment_sq"].to(model.device, copy=True),
-        }
-        optimiser.state[alpha] = {"step": torch.tensor(float(len(losses))), **moments}
-    count = round(options.full * int(eligible.sum()))
-    chosen = best(alpha.detach().cpu(), count, eligible, context.seed)
-    settled = int(context.resume.get("settled", 0))
+    training = Training(context, options, "loss")
     straw = Haystack(model, "calibration")
-    for step in range(len(losses), options.steps):
+    for step in range(len(training.history), options.steps):
         length = options.lengths[step % len(options.lengths)]
         sample = multi_passkey(
             model, length=length, passkeys=options.passkeys, seed=context.seed, index=step, haystack=straw
         )
         rows = torch.cat([torch.arange(start - 1, stop - 1) for start, stop in sample.labels])
-        optimiser.param_groups[0]["lr"] = options.lr * trapezoid(step, options.steps)
+        training.optimiser.param_groups[0]["lr"] = options.lr * trapezoid(step, options.steps)
         recording = gates.record(model, sample.tokens)
         hidden = gates.gated(
-            model, recording, alpha, sink=options.sink, recent=options.recent, own_full=options.own_full
+            model, recording, training.alpha, sink=options.sink, recent=options.recent, own_full=options.own_full
         )
         distance = (hidden[rows] - recording.hidden[rows]).float().square().mean()
-        optimiser.zero_grad()
-        (distance + options.l1 * alpha[eligible.to(alpha.device)].abs().mean()).backward()
-        optimiser.step()
-        with torch.no_grad():
-            alpha.clamp_(0.0, 1.0)
-        losses.append(distance.item())
-        now = best(alpha.detach().cpu(), count, eligible, context.seed)
-        settled = settled + 1 if torch.equal(now, chosen) else 0
-        chosen = now
-        mean = float(alpha.detach().cpu()[eligible].mean())
-        context.progress(step + 1, options.steps, f"loss {losses[-1]:.4f}, mean gate {mean:.2f}, settled {settled}")
-        moments = optimiser.state[alpha]
-        context.checkpoint(
-            {
-                "alpha": alpha.detach().cpu(),
-                "loss": torch.tensor(losses),
-                "settled": torch.tensor(settled),
-                "moment": moments["exp_avg"].cpu(),
-                "moment_sq": moments["exp_avg_sq"].cpu(),
-            }
-        )
-        if options.patience and settled >= options.patience and step >= options.steps // 2:
+        training.optimiser.zero_grad()
+        (distance + options.l1 * training.mean()).backward()
+        training.move()
+        if training.record(distance.item()):
             break
-    return alpha.detach().cpu(), torch.tensor(losses)
+    return training.outcome()
 
 
 def trapezoid(step: int, steps: int, floor: float = 0.1) -> float:

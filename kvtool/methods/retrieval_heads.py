@@ -21,12 +21,13 @@ needle's first words. That less than 5 % of the heads score above 0.1 is from me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, best, full_attention, per_kv_head, share
+from kvtool.methods._gates import at as at
 from kvtool.slots import Keep
 
 STATISTICS = ("retrieval",)
@@ -46,11 +47,6 @@ class Options:
     mode: Literal["paper", "code"] = "paper"
     reduce: Literal["max", "mean"] = "max"
     answered: int = 1
-
-
-def at(budget: float) -> dict[str, Any]:
-    """The share of full heads, beside windows of 80 entries in prompts of 1,000; longer ones hold less."""
-    return {"full": max(0.0, (budget - 0.08) / 0.92)}
 
 
 def calibrate(context: Context, options: Options) -> Decision:

@@ -17,8 +17,7 @@ Published: mathematics problems of DeepScaleR with answers up to 7,168 tokens, 3
 185 steps, lr 0.01, β 0.001 (0.0025 for Qwen3), τ 0.5, clip 0.4, window 128 + 256 in training and 16 + 64 when
 deployed. The demo model solves no mathematics: ours are passkeys and needles (`kvtool/problems.py`) of a few hundred
 tokens with answers of about 6 to 12. A prompt's samples share its prefill, so 16 of them cost little more than 4. Few
-steps need the larger lr. The median gate's reward gradient is about 0.002 on the demo model, a hundred times what the
-published β would set against it, so ours is larger. Longer training takes every gate that no answer needs to 0, where
+steps need the larger lr, and the larger β. Longer training takes every gate that no answer needs to 0, where
 nothing ranks them. The window is trained at the size it is deployed at. `updates` above 1 reuse the samples; only
 then can `clip` bite. Card A5 is what this was written from; the paper's text and code were not read again.
 """
@@ -28,22 +27,21 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from kvtool import gates, rollouts
+from kvtool import rollouts
 from kvtool.corpus.base import Sample
-from kvtool.methods._base import Context, Decision, best, full_attention, share
+from kvtool.methods._base import Context, Decision
+from kvtool.methods._gates import Training, given, split
+from kvtool.methods._gates import at as at
 from kvtool.model import Model
 from kvtool.options import at_least
 from kvtool.problems import problems
-from kvtool.slots import Keep
 
 STATISTICS = ()
 MODEL = True
 REUSE = "gates"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for its state
 
 
 @dataclass(frozen=True)
@@ -80,24 +78,9 @@ class Options:
         at_least(1, self, "steps", "problems", "batch", "samples", "updates")
 
 
-def at(budget: float) -> dict[str, Any]:
-    """The share of full heads, beside windows of 80 entries in prompts of 1,000; longer ones hold less."""
-    return {"full": max(0.0, (budget - 0.08) / 0.92)}
-
-
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.model is not None
-    share(options.full, "full")
-    eligible = full_attention(context.geometry)
-    if options.gates:
-        alpha, rewards = gates.given(options.gates, eligible, history="reward")
-    else:
-        alpha, rewards = train(context, options, eligible)
-    full = best(alpha, round(options.full * int(eligible.sum())), eligible, context.seed) | ~eligible
-    keep = Keep.heads(full, sink=options.sink, recent=options.recent)
-    return Decision(
-        keep, {"alpha": alpha, "reward": rewards}, {"steps": len(rewards), "full_heads": int((full & eligible).sum())}
-    )
+    ready = given(context, options.gates, "reward") if options.gates else train(context, options)
+    return split(context, options, *ready, name="reward")
 
 
 def penalty(reward: float, threshold: float, strength: float) -> float:
@@ -105,69 +88,37 @@ def penalty(reward: float, threshold: float, strength: float) -> float:
     return strength * math.expm1(reward) if reward > threshold else 0.0
 
 
-def train(context: Context, options: Options, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def train(context: Context, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(alpha fp32 [L,K], mean reward per step fp32 [steps])."""
     model = context.model
     assert model is not None
-    alpha = context.resume.get("alpha", torch.ones(eligible.shape)).to(model.device, copy=True).requires_grad_(True)
-    optimiser = torch.optim.Adam([alpha], lr=options.lr)
-    rewards = context.resume.get("reward", torch.zeros(0)).tolist()
-    if rewards:
-        moments = {name: context.resume[name].to(model.device, copy=True) for name in MOMENTS}
-        optimiser.state[alpha] = {"step": torch.tensor(float(len(rewards) * options.updates)), **moments}
-    count = round(options.full * int(eligible.sum()))
-    chosen = best(alpha.detach().cpu(), count, eligible, context.seed)
-    settled = int(context.resume.get("settled", 0))
+    training = Training(context, options, "reward", options.updates)
+    first = len(training.history)
     asked = problems(
         model, options.tasks, options.lengths, options.problems, seed=context.seed, solved=options.solved,
-        found=lambda count: context.progress(len(rewards), options.steps, f"problem {count} of {options.problems}"),
+        found=lambda count: context.progress(first, options.steps, f"problem {count} of {options.problems}"),
     )  # fmt: skip
-    for step in range(len(rewards), options.steps):
+    for step in range(first, options.steps):
         turn = [asked[index % len(asked)] for index in range(step * options.batch, (step + 1) * options.batch)]
-        rewards.append(_step(model, turn, alpha, eligible, optimiser, options, f"{context.seed}/{step}"))
-        now = best(alpha.detach().cpu(), count, eligible, context.seed)
-        settled = settled + 1 if torch.equal(now, chosen) else 0
-        chosen = now
-        mean = float(alpha.detach().cpu()[eligible].mean())
-        context.progress(step + 1, options.steps, f"reward {rewards[-1]:.2f}, mean gate {mean:.2f}, settled {settled}")
-        context.checkpoint(
-            {
-                "alpha": alpha.detach().cpu(),
-                "reward": torch.tensor(rewards),
-                "settled": torch.tensor(settled),
-                **{name: optimiser.state[alpha][name].cpu() for name in MOMENTS},
-            }
-        )
-        if options.patience and settled >= options.patience and step >= options.steps // 2:
+        if training.record(_step(model, turn, training, options, f"{context.seed}/{step}")):
             break
-    return alpha.detach().cpu(), torch.tensor(rewards)
+    return training.outcome()
 
 
-def _step(
-    model: Model,
-    turn: list[Sample],
-    alpha: torch.Tensor,
-    eligible: torch.Tensor,
-    optimiser: torch.optim.Optimizer,
-    options: Options,
-    seed: str,
-) -> float:
-    """Answer the turn's problems and move alpha; the mean reward."""
+def _step(model: Model, turn: list[Sample], training: Training, options: Options, seed: str) -> float:
+    """Answer the turn's problems and move the gates; the mean reward."""
     groups: list[Group] = []
     for update in range(options.updates):
-        optimiser.zero_grad()
+        training.optimiser.zero_grad()
         for index, problem in enumerate(turn):
             if update == 0:
-                groups.append(_pull(model, problem, alpha, options, seed=f"{seed}/{index}"))
+                groups.append(_pull(model, problem, training.alpha, options, seed=f"{seed}/{index}"))
             elif groups[index].teaches:
-                _pull(model, problem, alpha, options, group=groups[index])
-        reward = float(torch.stack([group.rewards for group in groups]).mean())
-        weight = penalty(reward, options.threshold, options.l1)
-        (weight * alpha[eligible.to(alpha.device)].abs().mean()).backward()
-        optimiser.step()
-        with torch.no_grad():
-            alpha.clamp_(0.0, 1.0)
-    return float(torch.stack([group.rewards for group in groups]).mean())
+                _pull(model, problem, training.alpha, options, group=groups[index])
+        reward = _mean(groups)
+        (penalty(reward, options.threshold, options.l1) * training.mean()).backward()
+        training.move()
+    return _mean(groups)
 
 
 @dataclass(frozen=True)
@@ -183,6 +134,10 @@ class Group:
     def teaches(self) -> bool:
         """Equal rewards say nothing of what was better."""
         return bool((self.rewards != self.rewards[0]).any())
+
+
+def _mean(groups: list[Group]) -> float:
+    return float(torch.stack([group.rewards for group in groups]).mean())
 
 
 def _pull(
