@@ -62,7 +62,7 @@ profile:
 def pages() -> dict[Path, str]:
     """Every page that is derived in whole or in part → what it should say."""
     made = {DOCS / "cli.md": command_line()}
-    for path in sorted(DOCS.glob("*.md")):
+    for path in sorted(DOCS.rglob("*.md")):
         text = path.read_text()
         if MARKED.search(text):
             made[path] = MARKED.sub(lambda found: found[1] + _marked(found[2], found[3]) + found[4], text)

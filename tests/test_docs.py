@@ -27,7 +27,7 @@ from tests import models
 from tests.analyze.traces import blank
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("calibrations/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("calibrations/*.md")])
 ENTRIES = {
     "methods": registry.names("methods"),
     "statistics": registry.names("statistics"),
@@ -40,7 +40,11 @@ NAMED = re.compile(r"`([^`]+)`")
 
 
 def page(name: str) -> str:
-    return (ROOT / "docs" / f"{name}.md").read_text()
+    """A page, or all pages of a folder that has one for each entry, whose titles then count as headings of sections."""
+    folder = ROOT / "docs" / name
+    if folder.is_dir():
+        return "\n".join(path.read_text().replace("# ", "## ", 1) for path in sorted(folder.glob("*.md")))
+    return folder.with_suffix(".md").read_text()
 
 
 @functools.cache
@@ -77,7 +81,7 @@ def test_each_entry_has_its_section_and_no_section_is_left_over(name: str) -> No
 
 def test_derived_pages_are_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "docs/generate.py"))["pages"]()
-    assert {path.stem for path in made} == {"cli", "methods", "replay", "corpora"}
+    assert {path.stem for path in made} == {"cli", "replay", "corpora", *ENTRIES["methods"]}
     stale = [path.name for path, text in made.items() if path.read_text() != text]
     assert not stale, "run python docs/generate.py"
 
