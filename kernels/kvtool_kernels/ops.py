@@ -33,6 +33,7 @@ __all__ = [
     "attend",
     "attend_latent",
     "attend_packed",
+    "attend_scored",
     "attend_selected",
     "attention_statistics",
     "dequantize",
@@ -64,6 +65,13 @@ def attend(
     """Attention over one segment with its log-sum-exp; see `attend/reference.py` for the formula and the shapes."""
     twin = _triton("attend") if q.is_cuda else _on_cpu(q, _attend_cpu, _attend_reference)
     return twin.attend(q, k, v, scale=scale, causal=causal, bias=bias, softcap=softcap)
+
+
+def attend_scored(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of one token over one segment with its log-sum-exp and its logits; see `attend/reference.py`."""
+    return _on_cpu(q, _attend_cpu, _attend_reference).scored(q, k, v, scale=scale, softcap=softcap)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

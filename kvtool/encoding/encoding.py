@@ -37,6 +37,26 @@ class Encoding(Record):
         return self.codec.lossless and not self.transforms and self.outliers is None and self.error is None
 
     @property
+    def fits(self) -> bool:
+        """Must it be fitted to a prompt before it is used?"""
+        return self.codec.fits or any(step.fits for step in self.transforms)
+
+    @property
+    def observed(self) -> int:
+        """How many of the prompt's newest queries the fit looks at; −1 all."""
+        each = [step.observed for step in self.transforms]
+        return -1 if -1 in each else max(each, default=0)
+
+    def fitted(self, x: torch.Tensor, q: torch.Tensor | None) -> Encoding:
+        """This encoding for a prompt: x [1,K,S,D] its entries, q [1,K,N,D] its observed queries."""
+        steps = []
+        for step in self.transforms:
+            step = step.fit(x, q)
+            x, q = step.forward(x), None if q is None else step.query(q)[0]
+            steps.append(step)
+        return replace(self, transforms=tuple(steps), codec=self.codec.fit(x))
+
+    @property
     def block(self) -> int:
         """Entries that must be encoded together: a common multiple of every part's."""
         parts = [self.codec.block]
@@ -53,6 +73,11 @@ class Encoding(Record):
     def joined(self) -> int:
         """How many neighbouring KV heads the transforms mix."""
         return math.prod(step.joined() for step in self.transforms)
+
+    @property
+    def mixes(self) -> bool:
+        """Are several KV heads written as one, so that all must hold the same entries?"""
+        return self.joined > 1 or self.codec.mixes
 
     @property
     def commutes(self) -> bool:
@@ -90,18 +115,21 @@ class Encoding(Record):
                 if len(tensor) not in (1, kv_heads):
                     raise InputError(f"a {type(step).__name__} of {len(tensor)} heads", expected=kv_heads)
         self.codec.check(kv_heads, width)
+        if self.outliers is not None:
+            self.outliers.check(kv_heads, width)
 
     def heads(self, indices: list[int], of: int) -> Encoding:
         """The encoding of these of a layer's `of` KV heads; raises InputError when a transform mixes others in."""
         if len(indices) == of:
             return self
-        if self.joined > 1:
+        if self.mixes:
             raise InputError(
                 "a transform mixes KV heads that do not hold the same entries", got=f"heads {indices} of {of}",
                 remedy="compose with a plan that keeps the same entries in every head, or stores heads apart",
             )  # fmt: skip
         steps = tuple(step.heads(indices) for step in self.transforms)
-        return replace(self, codec=self.codec.heads(indices), transforms=steps)
+        outliers = None if self.outliers is None else self.outliers.heads(indices)
+        return replace(self, codec=self.codec.heads(indices), transforms=steps, outliers=outliers)
 
     def encode(self, x: torch.Tensor) -> Parts:
         """x [B,K,S,D], S a multiple of `block`."""
@@ -113,6 +141,11 @@ class Encoding(Record):
         if self.error is not None:
             parts |= self.error.of(z.float() - self._decoded(parts, z.shape[-1]))
         return parts
+
+    def coarser(self, parts: Parts, other: Encoding) -> Parts | None:
+        """`parts` as `other` writes them, by dropping bits; None where that cannot be."""
+        plain = not (self.transforms or other.transforms) and self.direct and other.direct
+        return self.codec.coarser(parts, other.codec) if plain else None
 
     def _decoded(self, parts: Parts, width: int) -> torch.Tensor:
         z = self.codec.decode(parts, width)

@@ -1,11 +1,11 @@
 """What a codec gets wrong, kept beside it: the largest numbers as they are, or the error's strongest directions.
 
-Both are written as parts (see `codecs.py`): batch on axis 0, entries or blocks on axis 2.
+Both are written as parts (see `codecs/_base.py`): batch on axis 0, entries or blocks on axis 2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,26 +22,42 @@ class Outliers(Record):
     A vector is an entry (axis "channel": `count` of its r numbers) or a channel of `block` entries (axis "token").
     The codec sees the mean of the rest in their place, so its ranges shrink. A stored outlier comes back exactly as
     fp16 holds it. Capacity is fixed: (16 + 16) bits each.
+
+    `scale` and `zero` fp32 [K|1,r], along "channel" only, are ranges known beforehand: the furthest are then those of
+    the largest |x − zero| / scale, and the codec sees `zero` in their place.
     """
 
     count: int
     axis: Literal["token", "channel"]
     block: int = 1  # entries in a vector along "token"
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise InputError("bad outlier count", got=self.count, expected="1 or more")
+        if (self.scale is None) != (self.zero is None) or (self.scale is not None and self.axis == "token"):
+            raise InputError(
+                "bad ranges of outliers", got=f"axis {self.axis}", expected="scale and zero, along channels, or neither"
+            )
+
+    def check(self, heads: int, width: int) -> None:
+        """Raise InputError unless this fits `heads` heads of `width` channels."""
+        for known in (self.scale, self.zero):
+            if known is not None and (len(known) not in (1, heads) or known.shape[1] != width):
+                raise InputError("ranges of outliers of another shape", got=list(known.shape), expected=[heads, width])
+
+    def heads(self, indices: list[int]) -> Outliers:
+        """Those of these heads of the layer."""
+        known = [x if x is None or len(x) == 1 else x[indices] for x in (self.scale, self.zero)]
+        return replace(self, scale=known[0], zero=known[1])
 
     def split(self, z: torch.Tensor) -> tuple[torch.Tensor, Parts]:
         """z [B,K,S,r] → what the codec is given, and the parts: index int16 and value fp16 [B,K,S/block,(r,)count]."""
         vectors = self._vectors(z.float())
-        centre = vectors.mean(-1, keepdim=True)
-        index = (vectors - centre).abs().topk(min(self.count, vectors.shape[-1]), dim=-1).indices
+        index = self._distance(vectors).topk(min(self.count, vectors.shape[-1]), dim=-1).indices
         values = vectors.gather(-1, index)
-        rest = (vectors.sum(-1, keepdim=True) - values.sum(-1, keepdim=True)) / max(
-            1, vectors.shape[-1] - index.shape[-1]
-        )
-        bare = vectors.scatter(-1, index, rest.expand_as(values))
+        bare = vectors.scatter(-1, index, self._centre(vectors, values).expand_as(vectors).gather(-1, index))
         limit = torch.finfo(torch.float16).max
         return self._entries(bare).to(z.dtype), {
             "outliers.index": index.to(torch.int16),
@@ -52,6 +68,19 @@ class Outliers(Record):
         """ẑ fp32 [B,K,S,r] with the outliers put back."""
         index, value = parts["outliers.index"].long(), parts["outliers.value"].float()
         return self._entries(self._vectors(z).scatter(-1, index, value))
+
+    def _distance(self, vectors: torch.Tensor) -> torch.Tensor:
+        if self.scale is None or self.zero is None:
+            return (vectors - vectors.mean(-1, keepdim=True)).abs()
+        scale = self.scale[:, None].to(vectors).clamp_min(torch.finfo(torch.float32).tiny)
+        return (vectors - self.zero[:, None].to(vectors)).abs() / scale
+
+    def _centre(self, vectors: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What stands for an outlier: its channel's zero, or the mean of the vector's other numbers."""
+        if self.zero is not None:
+            return self.zero[:, None].to(vectors)
+        others = max(1, vectors.shape[-1] - values.shape[-1])
+        return (vectors.sum(-1, keepdim=True) - values.sum(-1, keepdim=True)) / others
 
     def _vectors(self, z: torch.Tensor) -> torch.Tensor:
         return z if self.axis == "channel" else z.unflatten(2, (-1, self.block)).transpose(3, 4)

@@ -30,6 +30,20 @@ class Transform(Record, ABC):
         """Does it commute with RoPE in the half-split layout? If not, it must stand on the side it was made for."""
         return False
 
+    @property
+    def fits(self) -> bool:
+        """Must it be fitted to a prompt before it is used (see `fitted.py`)?"""
+        return False
+
+    @property
+    def observed(self) -> int:
+        """How many of the prompt's newest queries `fit` looks at; −1 all."""
+        return 0
+
+    def fit(self, x: torch.Tensor, q: torch.Tensor | None) -> Transform:
+        """The transform for a prompt: x [1,K,S,D] its entries before this step, q [1,K,N,D] its observed queries."""
+        return self
+
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B,K,S,D] → z [B,K',S,r]."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from kvtool.encoding.codecs import FLOATS, Affine, Codec, Levels, Parts, Raw, Ternary
+from kvtool.encoding.codecs import FLOATS, Affine, Codec, Delta, Levels, Parts, Polar, Raw, Sketched, Split, Ternary
+from kvtool.encoding.codecs.sketched import signs
 from kvtool.errors import InputError
 from tests.tolerance import close, same
 
@@ -58,9 +60,21 @@ CODECS: dict[str, Codec] = {
     "fixed": fixed(2, 64),
     "fixed-shared": fixed(1, 64, 8, zero=False),
     **{f"ternary-{axis}": Ternary(GROUP, axis) for axis in ("token", "channel")},
+    **{f"norm-{axis}": Levels(lloyd(2), GROUP, axis, "norm") for axis in ("token", "channel")},
+    **{f"peak-{axis}": Levels(torch.linspace(-1, 1, 8), GROUP, axis, "peak") for axis in ("token", "channel")},
+    "norm-corrected": Levels(lloyd(3), GROUP, "channel", "norm", renormalise=True),
 }  # fmt: skip
-EACH = pytest.mark.parametrize("name", CODECS)
 OWN_RANGES = [name for name in CODECS if not name.startswith("fixed") and name not in FLOATS and name != "model"]
+MADE_OF_OTHERS: dict[str, Codec] = {
+    "split": Split((Levels(lloyd(3), 16, "channel", "norm"), Affine(2, 24, "channel"), Raw()), (16, 24, 24)),
+    "split-token": Split((Affine(2, 8, "token"), Affine(1, GROUP, "token")), (40, 24)),
+    "delta": Delta(Affine(8, GROUP, "channel"), Affine(4, GROUP, "channel"), 4),
+    "delta-token": Delta(Affine(8, 8, "token"), Ternary(8, "token"), 4),
+    "polar": Polar(4, 3, GROUP),
+    "sketched": Sketched(Levels(lloyd(2), 64, "channel", "norm"), normal(64, 128, seed=3)),
+}
+CODECS |= MADE_OF_OTHERS
+EACH = pytest.mark.parametrize("name", CODECS)
 GAUSSIAN = normal(1, 4, 512, 128)
 
 
@@ -72,6 +86,21 @@ def test_lloyd_max(bits: int, axis: str) -> None:
     assert distortion(whole, GAUSSIAN) == pytest.approx(LLOYD[bits][1], rel=0.02)
     own = Levels(lloyd(bits), 128, axis, "moments")  # type: ignore[arg-type]
     assert distortion(own, GAUSSIAN) == pytest.approx(LLOYD[bits][1], rel=0.03)
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_codes_may_stand_for_other_numbers_than_choose_them(axis: str) -> None:
+    plain = Levels(lloyd(2), 32, axis)  # type: ignore[arg-type]
+    other = dataclasses.replace(plain, restored=2 * lloyd(2) + 1)
+    first, second = (codec.encode(GAUSSIAN) for codec in (plain, other))
+    for name, part in first.items():
+        same(second[name], part)
+    grouped = GAUSSIAN.unflatten(2 if axis == "token" else 3, (-1, 32))
+    along = 3 if axis == "token" else 4
+    low, high = grouped.amin(along, keepdim=True), grouped.amax(along, keepdim=True)
+    half, middle = ((x / 2).expand_as(grouped).reshape_as(GAUSSIAN) for x in (high - low, high + low))
+    expected = 2 * (there_and_back(plain, GAUSSIAN) - middle) + half + middle
+    close(there_and_back(other, GAUSSIAN), expected, torch.float16)
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
@@ -126,7 +155,7 @@ def test_columns_that_are_affine_images_of_the_levels_are_exact() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.25, 60000.0])
-@pytest.mark.parametrize("name", [*OWN_RANGES, "model", "float16"])
+@pytest.mark.parametrize("name", [*(name for name in OWN_RANGES if "norm" not in name), "model", "float16"])
 def test_equal_numbers_are_exact(name: str, value: float) -> None:
     if name == "affine-clipped" and value:
         return  # clipping also moves a range of one number
@@ -142,8 +171,14 @@ def test_hostile_numbers(name: str, size: float) -> None:
     for z in (normal(1, 2, GROUP, 64).clamp(-1, 1) * size, torch.zeros(1, 2, GROUP, 64)):
         back = there_and_back(CODECS[name], z)
         assert bool(back.isfinite().all())
-        if name in OWN_RANGES and size < 1e30:
+        if name in [*OWN_RANGES, "split", "split-token", "delta", "delta-token"] and size < 1e30:
             assert float((back - z).abs().max()) <= 2 * size
+
+
+@EACH
+def test_zeros_are_exact(name: str) -> None:
+    if not name.startswith("fixed"):
+        same(there_and_back(CODECS[name], torch.zeros(1, 2, GROUP, 64)), torch.zeros(1, 2, GROUP, 64))
 
 
 @pytest.mark.parametrize("name", OWN_RANGES)
@@ -184,7 +219,8 @@ def test_appending_is_concatenation(name: str) -> None:
             assert parts[part].dtype == tensor.dtype
     for tensor in whole.values():
         assert tensor.shape[0] == 2
-        assert tensor.shape[2] in (3, 3 * GROUP)
+        assert 3 * GROUP % tensor.shape[2] == 0  # each index holds so many entries, no index part of one
+        assert codec.block % (3 * GROUP // tensor.shape[2]) == 0
 
 
 @EACH
@@ -205,7 +241,7 @@ def test_kernels_read_what_decoding_gives(name: str) -> None:
     parts = codec.encode(z)
     packed = codec.packed(parts)
     if packed is None:
-        assert isinstance(codec, Ternary)
+        assert isinstance(codec, (Ternary, Split, Delta, Polar, Sketched))
     elif isinstance(packed, torch.Tensor):
         same(packed.float(), codec.decode(parts, 64))
     else:
@@ -246,6 +282,14 @@ BITS = (
     (Ternary(32, "token"), 7 * 8 / 32 + 16 / 32),  # seven bytes hold up to 35 trits
     (Ternary(128, "token"), 26 * 8 / 128 + 16 / 128),
     (Ternary(32, "channel"), 26 * 8 / 128 + 16 / 32),
+    *((Levels(lloyd(bits), 128, "channel", "norm", renormalise=True), bits + 16 / 128) for bits in (1, 2, 3, 4)),
+    (Split((Levels(lloyd(3), 32, "channel", "norm"), Levels(lloyd(2), 96, "channel", "norm")), (32, 96)),
+     (32 * 3 + 96 * 2) / 128 + 2 * 16 / 128),
+    (Polar(4, 4, 128), (4 + 4) / 2 + 4 * 16 / (2 * 128)),
+    (Polar(3, 5, 32), (3 + 5) / 2 + 4 * 16 / (2 * 32)),
+    (Delta(Affine(8, 128, "channel"), Affine(4, 128, "channel"), 8), (8.25 + 7 * 4.25) / 8),
+    (Sketched(Levels(lloyd(2), 128, "channel", "norm"), torch.zeros(128, 256)), 2 + 16 / 128 + (256 + 16) / 128),
+    (signs(128), 1 + 16 / 128),
     (Raw("float16"), 16.0),
     (Raw("float8_e4m3fn"), 8.0),
 )  # fmt: skip
@@ -274,7 +318,9 @@ def test_the_budgets_of_the_published_settings(width: int, axis: str) -> None:
 def test_some_heads(indices: list[int]) -> None:
     z = normal(1, 3, 8, 64)
     own, shared = fixed(3, 64), fixed(1, 64)
-    for codec in (own, shared, CODECS["moments-channel"]):
+    parts = Split((fixed(3, 32), Levels(SIGNS, 32, "channel", "norm")), (32, 32))
+    within = Delta(fixed(3, 64), Affine(4, 64, "channel"), 4)
+    for codec in (own, shared, parts, within, CODECS["moments-channel"], CODECS["sketched"]):
         same(there_and_back(codec.heads(indices), z[:, indices]), there_and_back(codec, z)[:, indices])
     assert not torch.equal(own.heads([0]).scale, own.heads([1]).scale)  # type: ignore[arg-type]
 
@@ -294,6 +340,15 @@ def test_some_heads(indices: list[int]) -> None:
         (lambda: Levels(SIGNS, 1, "channel", "minmax", torch.ones(1, 8)), "needs `scale`"),
         (lambda: Levels(SIGNS, 8, "token", "fixed", torch.ones(1, 8)), "fixed ranges are per channel"),
         (lambda: Ternary(12, "token"), "bad group along tokens"),
+        (lambda: Levels(SIGNS, 8, "channel", "absolute", renormalise=True), "norms can be corrected"),
+        (lambda: Levels(SIGNS, 8, "channel", restored=torch.zeros(4)), "bad restored levels"),
+        (lambda: Split((Raw(), Raw()), (8,)), "each codec has its channels"),
+        (lambda: Split((), ()), "each codec has its channels"),
+        (lambda: Split((Raw(),), (0,)), "each codec has its channels"),
+        (lambda: Delta(Raw(), Raw(), 1), "bad group of differences"),
+        (lambda: Polar(0, 4), "bad bits"),
+        (lambda: Polar(4, 9), "bad bits"),
+        (lambda: Polar(4, 4, 24), "bad group along tokens"),
     ],
 )
 def test_refusals(made: Callable[[], object], message: str) -> None:
@@ -304,8 +359,11 @@ def test_refusals(made: Callable[[], object], message: str) -> None:
 @pytest.mark.parametrize(
     ("codec", "width"),
     [(Affine(2, 32, "channel"), 48), (Affine(2, 12, "channel"), 12), (Levels(SIGNS, 32, "channel"), 48),
-     (Ternary(32, "channel"), 48), (fixed(2, 64), 56), (fixed(3, 64), 64)],
+     (Ternary(32, "channel"), 48), (fixed(2, 64), 56), (fixed(3, 64), 64), (MADE_OF_OTHERS["split"], 63),
+     (Split((Affine(2, 32, "channel"), Raw()), (48, 16)), 64), (Delta(Raw(), Affine(2, 32, "channel")), 48),
+     (Delta(Ternary(32, "channel"), Raw()), 48), (Polar(), 63), (MADE_OF_OTHERS["sketched"], 32),
+     (Sketched(Levels(SIGNS, 32, "channel"), torch.zeros(48, 48)), 48)],
 )  # fmt: skip
 def test_widths_that_do_not_fit(codec: Codec, width: int) -> None:
-    with pytest.raises(InputError, match=r"divide the width|another shape"):
+    with pytest.raises(InputError, match=r"divide the width|another shape|of a split|in pairs|another width"):
         codec.check(2, width)

@@ -175,7 +175,52 @@ def test_bytes_of_the_basis() -> None:
     assert sum(t.nbytes for t in parts.values()) == 2 * 3 * 2 * 4 * (BLOCK + WIDTH) * 2
 
 
-@pytest.mark.parametrize("made", [lambda: Outliers(0, "token"), lambda: ErrorBasis(0, 8), lambda: ErrorBasis(1, 0)])
+def ranged(count: int) -> tuple[Outliers, torch.Tensor, torch.Tensor]:
+    """Ranges of channels that differ a thousandfold, and numbers within them."""
+    scale, zero = 10.0 ** torch.linspace(-2, 1, WIDTH).expand(3, -1), normal(3, WIDTH, seed=4)
+    x = zero[:, None] + scale[:, None] * X.clamp(-0.9, 0.9)
+    return Outliers(count, "channel", scale=scale, zero=zero), x, scale
+
+
+def test_known_ranges_decide_what_is_far() -> None:
+    """A small channel's number far outside its range goes before a large channel's number within its own."""
+    outliers, x, scale = ranged(2)
+    x = x.clone()
+    x[..., 3] += 5 * scale[:, None, 3]
+    x[..., 50] -= 4 * scale[:, None, 50]
+    bare, parts = outliers.split(x)
+    same(parts["outliers.index"].sort(-1).values, torch.tensor([3, 50], dtype=torch.int16).expand(2, 3, 2 * BLOCK, 2))
+    assert outliers.zero is not None
+    same(bare[..., 3], outliers.zero[None, :, None, 3].expand_as(bare[..., 3]))
+    same(outliers.join(bare, parts)[..., 50], x[..., 50].half().float())
+    _, plain = Outliers(2, "channel").split(x)
+    assert not bool((plain["outliers.index"] == 3).any())  # by its size alone nobody would look at it
+
+
+def test_known_ranges_of_some_heads() -> None:
+    outliers, x, _ = ranged(2)
+    for name, part in outliers.heads([2, 0]).split(x[:, [2, 0]])[1].items():
+        same(part, outliers.split(x)[1][name][:, [2, 0]])
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+def test_known_ranges_must_fit(heads: int) -> None:
+    outliers, _, _ = ranged(1)
+    outliers.check(3, WIDTH)
+    with pytest.raises(InputError, match="another shape"):
+        outliers.check(heads, WIDTH if heads == 2 else WIDTH // 2)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Outliers(0, "token"),
+        lambda: Outliers(1, "token", 8, torch.ones(1, 8), torch.zeros(1, 8)),
+        lambda: Outliers(1, "channel", scale=torch.ones(1, 8)),
+        lambda: ErrorBasis(0, 8),
+        lambda: ErrorBasis(1, 0),
+    ],
+)
 def test_refusals(made: Callable[[], object]) -> None:
     with pytest.raises(InputError, match="bad"):
         made()

@@ -87,3 +87,21 @@ def test_segments_merge_to_the_whole(cuts: list[int]) -> None:
         partial = ops.attend(**piece) if partial is None else ops.merge(partial, ops.attend(**piece))
         start += count
     agree(partial, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 2, 1), (2, 9, 3, 500), (1, 3, 1, 1000), (2, 8, 1, 300), (1, 6, 6, 700)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_token_and_its_logits(dtype: torch.dtype, shape: tuple[int, ...], softcap: float | None) -> None:
+    batch, heads, kv_heads, entries = shape
+    case = Case(batch=batch, heads=heads, kv_heads=kv_heads, entries=entries, softcap=softcap, size=3.0, width=40)
+    given = inputs(case, dtype=dtype)
+    expected = define(**given)
+    del given["causal"], given["bias"]
+    out, lse, logits = ops.attend_scored(**given)
+    close(out, expected[0])
+    close(lse, expected[1].to(lse), dtype)
+    weights = torch.exp(logits - lse[..., None]) @ given["v"].to(lse).repeat_interleave(heads // kv_heads, 1)
+    close(weights.to(dtype), expected[0])

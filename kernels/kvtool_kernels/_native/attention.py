@@ -26,6 +26,7 @@ from kvtool_kernels._native.record import (
     HEADS,
     KIND,
     LANES,
+    LOGITS,
     LSE,
     OUT,
     PART,
@@ -62,7 +63,7 @@ from kvtool_kernels._native.simd import (
     write,
 )
 from kvtool_kernels._native.team import STAMP, compiled
-from kvtool_kernels._native.tile import clear, decode, inner_loop
+from kvtool_kernels._native.tile import clear, decode, floats, inner_loop
 
 NOTHING = float32(-np.inf)
 
@@ -109,8 +110,9 @@ def softmax(rows, logits, pitch, count, softcap, top, norm, out, width):
 
 
 @inner_loop
-def attend_split(job, batch, head, begin, end, q, scratch, room, top, norm, out):
-    """One unit: out [rows, Dv], not yet normalised, with its maximum and its sum by lane."""
+def attend_split(job, batch, head, begin, end, q, scratch, room, top, norm, out, seen):
+    """One unit: out [rows, Dv], not yet normalised, with its maximum and its sum by lane. Logits before the soft cap go
+    to `seen` [rows, entries], if that is somewhere."""
     rows, most, softcap = field(job, ROWS), field(job, TILE), read(job, 2 * SOFTCAP)
     keys, values = job + FIRST_SIDE * 8, job + SECOND_SIDE * 8
     width, value_width = field(keys, WIDTH), field(values, WIDTH)
@@ -138,6 +140,9 @@ def attend_split(job, batch, head, begin, end, q, scratch, room, top, norm, out)
             else:
                 decode(keys, batch, head, first, count, key_tile, wide, key_scratch, room)
             inner(rows, q, wide, wide, tile, pitch, count, logits, most)
+        if seen:
+            for r in range(rows):
+                floats(FP32, logits, r * most, count, seen + (r * field(job, TOKENS) + first) * 4)
         softmax(rows, logits, most, count, softcap, top, norm, out, value_wide)
         if field(values, KIND) == TOKEN:
             decode(values, batch, head, first, count, value_tile, most, value_scratch, room)
@@ -199,7 +204,10 @@ def function() -> int:
             begin = split * field(job, CHUNK)
             end = min(begin + field(job, CHUNK), field(job, TOKENS))
             q, out = field(job, QUERY) + group * rows * width * 4, part + (LANES + rows * LANES) * 4
-            attend_split(job, batch, head, begin, end, q, scratch, room, part, part + LANES * 4, out)
+            seen = field(job, LOGITS)
+            if seen:
+                seen += group * rows * field(job, TOKENS) * 4
+            attend_split(job, batch, head, begin, end, q, scratch, room, part, part + LANES * 4, out, seen)
             if take(field(job, DONE) + group * 8) == splits - 1:
                 parts = field(job, PART) + group * splits * size * 4
                 out, lse = field(job, OUT) + group * rows * wide * 4, field(job, LSE) + group * rows * 4

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 
 from kvtool_kernels._native import attention, decoding, encoding, team
-from kvtool_kernels._native.record import FIRST_SIDE, JOB, LANES, PASSES, THREAD, describe, laid_out, padded
+from kvtool_kernels._native.record import AT_ONCE, FIRST_SIDE, JOB, LANES, PASSES, THREAD, describe, laid_out, padded
 from kvtool_kernels.packed import Layout, Packed
 from kvtool_kernels.quantize.reference import affine
 
-ROWS = 4  # query rows at a time
 TILE = 64  # entries of a tile, or one group where that is larger
 SPLIT, PIECE = 512, 1024  # entries of a unit of work: of attention at least, of decoding
 SHARE = 4  # units per thread, so that none waits long for the last
@@ -23,13 +22,15 @@ def attend(
     *,
     scale: float,
     softcap: float | None,
+    logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `attend_packed/reference.py`, for readable sides (`record.readable`) and at least one entry and query."""
+    """As `attend_packed/reference.py`, for readable sides (`record.readable`) and at least one entry and query. Logits
+    before the soft cap go to `logits` fp32 [B,H,1,S], if given: for one token and up to AT_ONCE heads a group."""
     keys, values = laid_out(keys), laid_out(values)
     heads, entries, value_width = _shape(values)
     batch, query_heads, tokens, width = q.shape
     count = query_heads // heads * tokens
-    passes = -(-count // ROWS)
+    passes = -(-count // AT_ONCE)
     rows = -(-count // passes)
     groups, threads, tile = batch * heads * passes, torch.get_num_threads(), max(_tile(keys), _tile(values))
     splits = max(1, min(-(-SHARE * threads // groups), entries // SPLIT))
@@ -47,7 +48,8 @@ def attend(
     job[:JOB] = [
         0, 0, groups * splits, heads, entries, tile, chunk, splits, out.data_ptr(), workspace.data_ptr(), 4 * scratch,
         passes, rows, query.data_ptr(), lse.data_ptr(), parts.data_ptr(), job.ctypes.data + 8 * JOB,
-        int(np.float32(softcap or 0.0).view(np.int32)), *describe(keys), *describe(values),
+        int(np.float32(softcap or 0.0).view(np.int32)), 0 if logits is None else logits.data_ptr(),
+        *describe(keys), *describe(values),
     ]  # fmt: skip
     team.run(attention.function(), job, threads)
     shape = (batch, query_heads, tokens)
@@ -84,7 +86,7 @@ def quantize(x: torch.Tensor, *, bits: int, group: int, layout: Layout, clip: fl
     shape = (batch, heads, tokens // group, width) if token else (batch, heads, tokens, width // group)
     codes = torch.empty(*(shape if token else shape[:3]), (group if token else width) * bits // 8, dtype=torch.uint8)
     low, high = torch.empty(2, *shape)
-    splits, tile = -(-tokens // PIECE), group if token else ROWS
+    splits, tile = -(-tokens // PIECE), group if token else AT_ONCE
     units = batch * heads * splits
     threads, scratch = min(torch.get_num_threads(), units), 2 * tile * width
     workspace = torch.empty(threads * scratch)

@@ -15,6 +15,7 @@ from kvtool_kernels.packing.reference import planes
 
 LANES = 16
 FEW = 16  # query rows per KV head that the loops take
+AT_ONCE = 4  # of these
 FP32, FP16, BF16 = 0, 1, 2
 DTYPES = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 DENSE, TOKEN, CHANNEL = 0, 1, 2
@@ -30,8 +31,8 @@ SIDE = 28  # PLANE, LENGTH and TAKEN are three fields each: the function, its by
 # A job: attention has two sides, decoding one.
 (
     NEXT, THREAD, UNITS, HEADS, TOKENS, TILE, CHUNK, SPLITS, OUT, SCRATCH, SCRATCH_SIZE,
-    PASSES, ROWS, QUERY, LSE, PART, DONE, SOFTCAP, FIRST_SIDE,
-) = range(19)  # fmt: skip
+    PASSES, ROWS, QUERY, LSE, PART, DONE, SOFTCAP, LOGITS, FIRST_SIDE,
+) = range(20)  # fmt: skip
 SECOND_SIDE = FIRST_SIDE + SIDE
 JOB = SECOND_SIDE + SIDE
 

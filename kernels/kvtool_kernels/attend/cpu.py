@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import torch
 
-from kvtool_kernels._native.record import served
+from kvtool_kernels._native.record import AT_ONCE, served
 from kvtool_kernels.attend import reference
 from kvtool_kernels.merge.reference import merge
 
-LONG = 2048  # entries from which on the loops are quicker than the flash kernel
+LONG = 768  # entries from which on the loops are quicker than the flash kernel
+FEW = 256  # entries below which plain operations are quicker than the loops
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -53,6 +54,20 @@ def attend(
         hidden = torch.ones(tokens, entries, dtype=torch.bool).triu(entries - tokens + 1)
         bias = bias.expand(bias.shape[0], bias.shape[1], tokens, entries).masked_fill(hidden, float("-inf"))
     return _masked(q, k, v, scale, bias)
+
+
+def scored(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `reference.scored`."""
+    batch, heads, entries = q.shape[0], q.shape[1], k.shape[2]
+    if entries < FEW or heads // k.shape[1] > AT_ONCE or q.dtype == torch.float64 or not served(q, k, v):
+        return reference.scored(q, k, v, scale=scale, softcap=softcap)
+    from kvtool_kernels._native import launch  # only where it pays: Numba is slow to import
+
+    logits = torch.empty(batch, heads, 1, entries)
+    out, lse = launch.attend(q, k, v, scale=scale, softcap=softcap, logits=logits)
+    return out, lse, logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _masked(

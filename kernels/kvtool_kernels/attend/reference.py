@@ -14,6 +14,20 @@ import torch
 from kvtool_kernels.precision import wide
 
 
+def scored(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`attend` for one token, without a bias, and its capped logits, fp32 [B,H,1,S] (fp64 for fp64)."""
+    batch, heads, _, width = q.shape
+    grouped = wide(q).reshape(batch, k.shape[1], heads // k.shape[1], width)
+    logits = (scale * grouped) @ wide(k).mT
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    out = torch.softmax(logits, -1) @ wide(v)
+    lse, one = torch.logsumexp(logits, -1), (batch, heads, 1)
+    return out.reshape(*one, v.shape[-1]).to(q.dtype), lse.reshape(one), logits.reshape(*one, k.shape[2])
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
