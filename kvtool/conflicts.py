@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvtool.errors import InputError
-from kvtool.slots import RAW
 
 if TYPE_CHECKING:
     from kvtool.plan import Plan
@@ -24,7 +23,10 @@ def check(plan: Plan) -> None:
         plan.store.check(plan.model["kv_heads"], plan.model["head_dim"])
     if plan.read is not None:
         plan.read.check(plan.keep)
-    for rule in (counted, across_layers, across_layers_read, across_heads, followed, step_by_step):
+    rules = (
+        counted, across_layers, across_layers_read, across_heads, followed, demoted, joined_by_age, step_by_step,
+    )  # fmt: skip
+    for rule in rules:
         conflict = rule(plan)
         if conflict is not None:
             raise InputError(conflict[0], remedy=conflict[1])
@@ -43,23 +45,26 @@ def counted(plan: Plan) -> Conflict:
 
 def across_layers(plan: Plan) -> Conflict:
     """Layers that are written as one must hold the same entries."""
-    if plan.store is None or plan.store.span == 1:
+    if plan.store is None:
         return None
+    joined = [layer for span in plan.store.spans for layer in span]
     whole = torch.tensor([window is None for window in plan.model["windows"]])
     if plan.keep is not None:
-        whole &= plan.keep.full.all(1) & (plan.keep.select is None)
-    broken = ((plan.store.index != RAW).any(1) & ~whole).nonzero().flatten().tolist()
+        whole &= plan.keep.full.all(1) & (plan.keep.select is None) & ~plan.keep.gone
+    broken = [layer for layer in joined if not whole[layer]]
     if not broken:
         return None
     return (
-        f"layers are written as one across heads, but heads of layer {broken[0]} drop entries of their own",
+        f"layers are written as one across heads, but layer {broken[0]} drops entries of its own",
         "compose with a plan that keeps every entry, or stores layers apart",
     )
 
 
 def across_layers_read(plan: Plan) -> Conflict:
     """Layers that are written as one are read as one."""
-    if plan.store is None or plan.store.span == 1 or not plan.slots["read"]:
+    if plan.store is None or plan.read is None:
+        return None
+    if not any(plan.read.acts(layer) for span in plan.store.spans for layer in span):
         return None
     return (
         "layers that are written as one cannot each choose what they read",
@@ -71,9 +76,8 @@ def across_heads(plan: Plan) -> Conflict:
     """KV heads that a transform joins must hold the same entries."""
     if plan.store is None or plan.keep is None:
         return None
-    for layer, used in enumerate(plan.store.index):
-        numbers = [number for number in used.unique().tolist() if number != RAW]
-        joined = any(max(plan.store.keys[n].joined, plan.store.values[n].joined) > 1 for n in numbers)
+    for layer in range(len(plan.store.index)):
+        joined = any(encoding.mixes for store in plan.store.chain for encoding in store.layer(layer))
         if joined and plan.keep.ragged(layer):
             return (
                 f"layer {layer}: entries are stored across heads, but each head keeps entries of its own",
@@ -96,10 +100,25 @@ def followed(plan: Plan) -> Conflict:
     )
 
 
+def demoted(plan: Plan) -> Conflict:
+    """What is held lower instead of dropped must be dropped whole."""
+    select = None if plan.keep is None else plan.keep.select
+    if plan.store is None or plan.store.rest is None or select is None or select.merge == "drop":
+        return None
+    return ("dropped entries are merged into others, and would be held once more", "select without merging")
+
+
+def joined_by_age(plan: Plan) -> Conflict:
+    """Tiers of age hold entries of one layer."""
+    if plan.store is None or plan.store.older is None or not plan.store.spans:
+        return None
+    return ("layers are written as one, and their entries again with age", "compose with a plan that does one of these")
+
+
 def step_by_step(plan: Plan) -> Conflict:
     """Blocks are never written again, so nothing can be taken out of them."""
     select = None if plan.keep is None else plan.keep.select
-    if select is None or select.when != "step" or not plan.slots["store"]:
+    if select is None or select.when != "step" or plan.store is None or not plan.store.used:
         return None
     return (
         "entries are evicted one by one at every step, but they are stored in blocks that are never written again",

@@ -43,6 +43,11 @@ class Plan:
         filled = {name: getattr(self, name) for name in SLOTS}
         return {name: slot is not None and not slot.lossless for name, slot in filled.items()}
 
+    @property
+    def dense(self) -> bool:
+        """Does every layer see a prompt that is fed at once whole?"""
+        return self.keep is None or not bool(self.keep.gone.any())
+
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise InputError unless the plan was made for the model with this fingerprint."""
         for key, mine in self.model.items():
@@ -101,6 +106,13 @@ def compose(*plans: Plan) -> Plan:
                 assert stored is not None
                 owners[slot] = replace(owners[slot], store=stored.then(plan.store))
                 continue
+            if slot == "keep" and slot in owners:
+                assert plan.keep is not None
+                kept = owners[slot].keep
+                assert kept is not None
+                if (both := kept.then(plan.keep)) is not None:
+                    owners[slot] = replace(owners[slot], keep=both)
+                    continue
             if slot in owners:
                 raise InputError(
                     f"two plans fill the slot {slot!r}", got=f"{owners[slot].method} and {plan.method}",

@@ -7,10 +7,12 @@ from typing import Any
 
 from kvtool.cache.board import Board
 from kvtool.cache.bulk import Bulk
+from kvtool.cache.coded import Coded
 from kvtool.cache.lane import Lane
+from kvtool.cache.nothing import Nothing
 from kvtool.cache.pool import Member, Pool
 from kvtool.cache.reader import Place, Reader
-from kvtool.cache.segments import Coded
+from kvtool.cache.rest import Rest
 from kvtool.cache.selector import Selector
 from kvtool.cache.window import Window
 from kvtool.encoding.encoding import Encoding
@@ -36,14 +38,17 @@ def lanes(
 
 
 def per_row(plan: Plan | None) -> bool:
-    """Do rows of a batch come to hold different numbers of entries?"""
+    """Do rows of a batch come to hold different numbers of entries, or entries encoded for them alone?"""
     spec = plan.keep.select if plan is not None and plan.keep is not None else None
-    return spec is not None and spec.ragged and not spec.lossless
+    fitted = plan is not None and plan.store is not None and plan.store.fits
+    return fitted or (spec is not None and spec.ragged and not spec.lossless)
 
 
 def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt_length: int) -> tuple[Any, ...]:
     """What heads must have in common to share a lane."""
     keep = plan.keep if plan is not None else None
+    if keep is not None and keep.gone[layer]:
+        return ("nothing",)
     if keep is not None and int(keep.recent[layer, head]) != EVERYTHING:
         recent = max(int(keep.recent[layer, head]), round(keep.recent_ratio * prompt_length))
         return ("window", int(keep.sink[layer, head]), recent, bool(keep.compensate[layer, head]))
@@ -52,7 +57,16 @@ def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt
     spec = keep.select if keep is not None else None
     own = None if spec is None else head if _alone(spec) else float(spec.budget[layer, head])
     store = plan.store if plan is not None else None
-    return ("bulk", RAW if store is None else int(store.index[layer, head]), own)
+    return ("bulk", RAW if store is None else int(store.index[layer, head]), own, _beyond(store, layer, head))
+
+
+def _beyond(store: Store | None, layer: int, head: int) -> tuple[Any, ...]:
+    """Which encodings a head's older and its dropped entries have."""
+    if store is None:
+        return ()
+    rest = RAW if store.rest is None else int(store.rest.index[layer, head])
+    older = [] if store.older is None else [int(store.older.index[layer, head]), *_beyond(store.older, layer, head)]
+    return (rest, *older)
 
 
 def _alone(spec: Select) -> bool:
@@ -64,6 +78,8 @@ def _lane(
     model: Model, plan: Plan | None, place: Place, window: int | None, policy: tuple[Any, ...], prompt_length: int
 ) -> Lane:
     layer, heads = place.layer, list(place.heads)
+    if policy[0] == "nothing":
+        return Nothing(heads)
     if policy[0] == "window":
         _, sink, recent, compensate = policy
         turn = plan is not None and plan.keep is not None and plan.keep.position == "reindex"
@@ -80,24 +96,43 @@ def _lane(
         options["selector"] = Selector(spec, budget, layer, heads, prompt_length, model.rotary(layer))
         if plan.keep is not None and plan.keep.position == "reindex":
             options |= {"rotary": model.rotary(layer), "reindex": True}
-    if plan.store is not None and policy[1] != RAW:
-        store = plan.store
-        options |= {
-            "sink": store.sink,
-            "recent": store.recent,
-            "block": store.block,
-            "key": _checked(store.keys[policy[1]], heads, model),
-            "value": _checked(store.values[policy[1]], heads, model),
-            "rotary": model.rotary(layer),
-        }
-        if store.span > 1:
-            options["member"] = _member(model, store, place, policy[1])
+    if plan.store is not None:
+        options |= _stored(model, plan.store, place, policy[1])
     read = plan.read
     if read is not None and read.acts(layer):
         options["reader"] = Reader(read, place)
     if read is not None and options.keys() & {"reader", "key"}:
         options |= _limits(read, plan.store)
     return Bulk(heads, **options)
+
+
+def _stored(model: Model, store: Store, place: Place, number: int) -> dict[str, Any]:
+    """What a lane is told of how its entries are encoded."""
+    layer, heads = place.layer, list(place.heads)
+    options: dict[str, Any] = {"rotary": model.rotary(layer)}
+    if number != RAW:
+        chain = _chain(store)
+        pairs, limits = [_pair(one, layer, heads, model) for one in chain], [one.held for one in chain[:-1]]
+        options |= {"sink": store.sink, "recent": store.recent, "block": store.block}
+        options |= {"key": pairs[0][0], "value": pairs[0][1], "older": pairs[1:], "limits": limits}
+        if len(store.span(layer)) > 1:
+            options["member"] = _member(model, store, place, number)
+    if store.rest is not None and int(store.rest.index[layer, heads[0]]) != RAW:
+        coded = Coded(*_pair(store.rest, layer, heads, model), model.rotary(layer))
+        options["rest"] = Rest(coded, store.rest.block)
+    return options
+
+
+def _chain(store: Store) -> list[Store]:
+    """A store and those of older and older entries."""
+    return [store, *([] if store.older is None else _chain(store.older))]
+
+
+def _pair(store: Store, layer: int, heads: list[int], model: Model) -> tuple[Encoding, Encoding]:
+    """The encodings of these heads, which share one."""
+    number = int(store.index[layer, heads[0]])
+    key, value = (side[number].heads(heads, model.geometry.kv_heads) for side in (store.keys, store.values))
+    return key, value
 
 
 def _limits(read: Read, store: Store | None) -> dict[str, int]:
@@ -108,16 +143,13 @@ def _limits(read: Read, store: Store | None) -> dict[str, int]:
 
 def _member(model: Model, store: Store, place: Place, number: int) -> Member:
     """The layer's share of its span's pool, which the span's first layer founds."""
-    first = place.layer - place.layer % store.span
+    span = store.span(place.layer)
+    first = span[0]
     if place.layer == first:
         coded = Coded(store.keys[number], store.values[number], model.rotary(first))
-        place.board.pools[place.part, first] = Pool(coded, store.span, model.geometry.kv_heads)
+        place.board.pools[place.part, first] = Pool(coded, len(span), model.geometry.kv_heads)
     elif model.rotary(place.layer).kind != model.rotary(first).kind and not store.keys[number].rotated:
         raise InputError(
             f"layers {first} and {place.layer} rotate keys differently and cannot be stored as one before RoPE"
         )
     return Member(place.board.pools[place.part, first], place.layer - first)
-
-
-def _checked(encoding: Encoding, heads: list[int], model: Model) -> Encoding:
-    return encoding.heads(heads, model.geometry.kv_heads)

@@ -6,24 +6,28 @@ A block leaves `recent` for the bulk when R + block entries stand there, is enco
 After t tokens the bulk therefore holds block · ⌊(t − S − R) / block⌋ of them, whatever the prompt's cut, unless a
 selection thinned the prompt first. A query never sees the effect of its own token: entries move after the attention.
 
-Without a store all entries are `recent`. A branch has the shared entries of what it branched from before all others.
-Shapes as in `lane.py`.
+Without a store all entries are `recent`. What a selection drops may be held on in a lower encoding (`rest.py`), and the
+bulk may be a chain of encodings by age (`tiers.py`). An encoding that fits itself to the prompt waits for its end. A
+branch has the shared entries of what it branched from before all others. Shapes as in `lane.py`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from kvtool.cache.coded import Coded
 from kvtool.cache.lane import Lane, Partial, Step
 from kvtool.cache.pool import Member
 from kvtool.cache.reader import Reader
+from kvtool.cache.rest import Rest
 from kvtool.cache.scores._base import View
-from kvtool.cache.segments import Coded, Dense, Segment
+from kvtool.cache.segments import Dense, Segment
 from kvtool.cache.selector import Selector
 from kvtool.cache.shared import Shared
+from kvtool.cache.tiers import Tiers
 from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
 from kvtool.rotary import Rotary
@@ -33,6 +37,7 @@ from kvtool_kernels.ops import attend, merge
 class Bulk(Lane):
     """`block` None: nothing leaves `recent`. `key`, `value` None: the bulk is held raw, for `reader` to choose from.
 
+    older, limits: the encodings that follow with age, and how many entries each one before them holds.
     reindex: what a selection keeps is moved up to the next token, so that positions are counted inside the cache.
     """
 
@@ -45,6 +50,9 @@ class Bulk(Lane):
         block: int | None = None,
         key: Encoding | None = None,
         value: Encoding | None = None,
+        older: Sequence[tuple[Encoding, Encoding]] = (),
+        limits: Sequence[int] = (),
+        rest: Rest | None = None,
         rotary: Rotary | None = None,
         selector: Selector | None = None,
         reader: Reader | None = None,
@@ -54,14 +62,21 @@ class Bulk(Lane):
         super().__init__(heads)
         self.limits, self.block = (sink, recent), block
         self.encodings, self.rotary, self.reindex = (key, value), rotary, reindex
+        self.older, self.held, self.rest = older, limits, rest
         self.selector, self.reader, self.member = selector, reader, member
         self.sinks, self.recent = Dense(), Dense()
+        self.queries: list[torch.Tensor] = []  # those that an encoding fits itself to, until the prompt's end
+        coded = [encoding for encoding in (key, value, *(rest.encodings if rest else ())) if encoding is not None]
+        self.fits = any(encoding.fits for encoding in coded)
+        self.watched = [encoding.observed for encoding in coded]
         self.bulk: Segment = self._fresh()
         self.shared: list[Shared] = []
         self.positions: torch.Tensor | None = None  # int64 [B,K,N] of all entries not shared, where they are needed
         self.tokens: torch.Tensor | None = None  # int64 [B,K,N], where the selector looks at them
         self.fed = self.origin = 0
-        self.finished = self.selector is None
+        self.finished = self.selector is None and not self.fits
+        if rest is not None:
+            rest.coded.queries = self._seen
 
     def _fresh(self) -> Segment:
         if self.member is not None:
@@ -72,8 +87,20 @@ class Bulk(Lane):
         if key is None or value is None:
             return Dense(slow=slow)
         made = Coded(key, value, self.rotary, slow=slow)
-        made.positions = self._bulk_positions
-        return made
+        made.positions, made.queries = self._bulk_positions, self._seen
+        if not self.older:
+            return made
+        assert self.block is not None
+        tiers = [made, *(Coded(*pair, self.rotary) for pair in self.older)]
+        return Tiers(tiers, list(self.held), self.block, self._bulk_positions)
+
+    def _seen(self) -> torch.Tensor | None:
+        """The observed queries of each KV head's group, [1,K,N,D]."""
+        if not self.queries:
+            return None
+        q = torch.cat(self.queries, dim=2)
+        q = q if -1 in self.watched else q[:, :, -max(self.watched) :]
+        return q.unflatten(1, (len(self.heads), -1)).flatten(2, 3)
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
         pieces = self._pieces(k.shape[2]) if step.strict else [k.shape[2]]
@@ -97,7 +124,7 @@ class Bulk(Lane):
         return [first, *[self.block] * (rest // self.block), *[rest % self.block] * (rest % self.block > 0)]
 
     def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
-        self._receive(k, v, step)
+        self._receive(k, v, step, q)
         out = self._attend(q, step, causal=q.shape[2] > 1)
         self._observe(q, step)
         self._move()
@@ -105,18 +132,21 @@ class Bulk(Lane):
 
     def _observe(self, q: torch.Tensor, step: Step) -> None:
         """The queries of the newest entries are there: the selector remembers them, and evicts if it does so now."""
-        if self.selector is None or self._settled() or not q.shape[2]:
+        if self._settled() or not q.shape[2]:
             return
         self.look(q, step)
-        if self.finished or self.selector.spec.when == "chunk":
+        if self.selector is not None and (self.finished or self.selector.spec.when == "chunk"):
             self.evict(step)
 
     def _settled(self) -> bool:
-        """Will nothing be selected any more?"""
-        return self.selector is None or (self.finished and self.selector.spec.when != "step")
+        """Will no more queries be looked at?"""
+        return self.finished and (self.selector is None or self.selector.spec.when != "step")
 
-    def _receive(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
-        self.recent.append(k, v)
+    def _receive(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
+        most = self.selector.most(self.fed) if self.finished and self.selector is not None else None
+        self.recent.append(k, v, most)
+        if self.reader is not None:
+            self.reader.receive(q, k, step)
         self.origin = step.origin
         if self.positions is not None:
             new = torch.arange(self.fed, self.fed + k.shape[2], device=k.device)
@@ -129,7 +159,10 @@ class Bulk(Lane):
         self.fed += k.shape[2]
 
     def _attend(self, q: torch.Tensor, step: Step, *, causal: bool) -> Partial:
-        out = self.recent.attend(q, step, causal=causal)
+        if self.finished and q.shape[2] == 1 and self.selector is not None and self.selector.asks:
+            out, self.selector.logits = self.recent.scored(q, step)
+        else:
+            out = self.recent.attend(q, step, causal=causal)
         return self._attend_before(q, step, out)
 
     def _attend_before(self, q: torch.Tensor, step: Step, out: Partial) -> Partial:
@@ -143,6 +176,8 @@ class Bulk(Lane):
             out = merge(self.sinks.attend(q, step), out)
         for segment in self.shared:
             out = merge(segment.attend(q, step), out)
+        if self.rest is not None and self.rest.length:
+            out = merge(self.rest.attend(q, step), out)
         return out
 
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
@@ -152,18 +187,26 @@ class Bulk(Lane):
         return self._attend_before(q, step, out)
 
     def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
-        if q is None or self.selector is None or not self.finished:
+        alone = self.finished and (
+            self.selector is not None or (self.reader is not None and self.reader.cuts is not None)
+        )
+        if q is None or not alone:
             self._receive(k, v, step)
         else:
             each = step.split([1] * k.shape[2])
             for row, key, value, now in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), each, strict=True):
-                self._receive(key, value, now)
+                self._receive(key, value, now, row)
                 self._observe(row, now)
         self._move()
 
     def branch(self) -> Bulk:
         """Full sinks and the bulk are shared, and recent entries too where no block leaves them."""
         stepping = self.selector is not None and self.selector.spec.when == "step"
+        if self.older or self.rest is not None:
+            raise InputError(
+                "entries that are encoded again with age, or once they are dropped, cannot be shared",
+                remedy="feed the prefix to every row, or share it under a plan without that",
+            )
         if self.reader is not None or stepping:
             raise InputError(
                 "entries that later tokens choose from, or evict, cannot be shared",
@@ -171,8 +214,14 @@ class Bulk(Lane):
                 remedy="feed the prefix to every row, or share it under a plan without that",
             )
         assert self.finished
+        if self._unfitted():
+            raise InputError(
+                "the prefix leaves nothing to fit an encoding to", got=f"{self.fed} tokens", remedy="share a longer one"
+            )
         made = copy.copy(self)
-        made.selector = None
+        made.selector, made.fits = None, False
+        if isinstance(self.bulk, Coded):
+            made.encodings = (self.bulk.key, self.bulk.value)
         made.bulk, made.shared = made._fresh(), list(self.shared)
         parts = [self.recent] if self.block is None else [self.sinks, self.bulk] if self._lacking() == 0 else []
         first = 0
@@ -200,6 +249,8 @@ class Bulk(Lane):
         if missing > 0:
             self.sinks.append(*self.recent.pop(missing))
             spare -= missing
+            if self.reader is not None:
+                self.reader.skip(missing)
         count = spare // self.block * self.block
         if count > 0:
             k, v = self.recent.pop(count)
@@ -221,11 +272,21 @@ class Bulk(Lane):
             self.selector.finish()
             self.tokens = self.tokens if self.selector.spec.when == "step" else None
         self._move()
+        self.queries = self.queries if self._unfitted() else []
+
+    def _unfitted(self) -> bool:
+        """Is there still an encoding that is to be fitted, to the first entries that it is given?"""
+        held = [self.bulk.length] if self.fits else []
+        held += [self.rest.coded.length] if self.rest is not None and any(e.fits for e in self.rest.encodings) else []
+        return 0 in held
 
     def look(self, q: torch.Tensor, step: Step) -> None:
-        """Let the selector see q [B,H,T,D], the queries of the newest entries, which must all be recent."""
-        assert self.selector is not None
-        self.selector.observe(q, self.fed - q.shape[2], *self.recent.recall(), step, self._tags())
+        """Let the selector, and encodings that fit themselves, see q [B,H,T,D], the queries of the newest entries,
+        which must all be recent."""
+        if any(self.watched) and not self.finished:
+            self.queries.append(q.clone() if -1 in self.watched else q[:, :, -max(self.watched) :].clone())
+        if self.selector is not None:
+            self.selector.observe(q, self.fed - q.shape[2], *self.recent.recall(), step, self._tags())
 
     def view(self, step: Step) -> View:
         """The entries held, which must all be recent, and the queries that were observed."""
@@ -250,9 +311,14 @@ class Bulk(Lane):
         """Keep what the selector's limit allows; with nothing to drop or to remember, nothing is scored."""
         assert self.selector is not None
         if self.selector.queries:
+            held = self.recent.length
+            count = self.selector.due(held, self.fed)
+            if count == held and not self.selector.remembers and not self.selector.picking.RAGGED:
+                self.selector.settle(None, self.selector.limit or count)
+                return
             view = self.view(step)
             scores = self.selector.scores(view)
-            self.thin(view, scores, self.selector.due(self.recent.length, self.fed), scores)
+            self.thin(view, scores, count, scores)
 
     def thin(self, view: View, scores: torch.Tensor, count: int, peers: torch.Tensor) -> None:
         """Of the entries in view, which are all that are held, keep `count` by scores [B,K,S], if there are more; peers
@@ -263,14 +329,27 @@ class Bulk(Lane):
         if held > count or self.selector.picking.RAGGED:
             index = self.selector.choose(view, scores, count, peers)
             if index.shape[2] < held:
-                if spec.merge == "drop":
-                    self.recent.take(index)
-                else:
-                    merged = self.selector.merging.merge(self.selector.job(view, scores, self.recent.counts(), index))
+                if self.rest is not None:
+                    self._demote(index, held)
+                merged = self.selector.merging.merge(self.selector.job(view, scores, self.recent.counts(), index))
+                if isinstance(merged, tuple):
                     self.recent.become(*merged, count=spec.count)
+                else:
+                    self.recent.take(index)
+                    if merged is not None:
+                        self.recent.put(merged.places, merged.k, merged.v, merged.counts if spec.count else None)
                 scores = scores.gather(2, index)
                 self._place(index, held)
         self.selector.settle(scores, limit)
+
+    def _demote(self, index: torch.Tensor, held: int) -> None:
+        """Hand on all entries but index int64 [B,K,N] of those held."""
+        assert self.rest is not None
+        stays = torch.zeros(*index.shape[:2], held, dtype=torch.bool, device=index.device).scatter(2, index, True)
+        goes = (~stays).nonzero()[:, 2].reshape(*index.shape[:2], -1)
+        k, v = (x.gather(2, goes[..., None].expand(-1, -1, -1, x.shape[-1])) for x in self.recent.recall())
+        first = self.fed - held + self.origin
+        self.rest.add(k, v, goes + first if self.positions is None else self.positions.gather(2, goes) + self.origin)
 
     def _place(self, index: torch.Tensor, held: int) -> None:
         """Entries index int64 [B,K,N] of those held have stayed: note their positions where keys need them, or move
@@ -278,6 +357,10 @@ class Bulk(Lane):
         key, selector = self.encodings[0], self.selector
         if self.tokens is not None:
             self.tokens = self.tokens.gather(2, index)
+        if self.reader is not None:
+            self.reader.take(index)
+        wanted = selector is not None and selector.spec.when != "prefill" and "positions" in selector.needs
+        wanted |= key is not None and not key.rotated
         if self.reindex and self.rotary is not None:
             source = index + self.fed - held + self.origin
             target = torch.arange(self.fed - index.shape[2], self.fed, device=index.device).expand_as(index)
@@ -285,12 +368,13 @@ class Bulk(Lane):
             bare = self.rotary.unrotate(k, self.rotary.table(source))
             k.copy_(self.rotary.rotate(bare, self.rotary.table(target + self.origin)))
             index = target
+        elif not wanted:
+            return
         elif self.positions is not None:
             index = self.positions.gather(2, index)
         else:
             index = index + self.fed - held
-        wanted = selector is not None and selector.spec.when != "prefill" and "positions" in selector.needs
-        if wanted or (key is not None and not key.rotated):
+        if wanted:
             self.positions = index.contiguous()
 
     def _bulk_positions(self, low: int, high: int) -> torch.Tensor:
@@ -306,19 +390,20 @@ class Bulk(Lane):
     def _segments(self) -> tuple[Segment, ...]:
         return self.sinks, self.bulk, self.recent
 
-    def _everything(self) -> list[Shared | Segment]:
-        return [*self.shared, *self._segments()]
+    def _everything(self) -> list[Shared | Rest | Segment]:
+        return [*self.shared, *([] if self.rest is None else [self.rest]), *self._segments()]
 
     def buffers(self) -> Iterator[torch.Tensor]:
         for segment in self._everything():
             yield from segment.buffers()
-        yield from (tag for tag in (self.positions, self.tokens) if tag is not None)
+        yield from (tag for tag in (self.positions, self.tokens, *self.queries) if tag is not None)
         for part in (self.selector, self.reader):
             if part is not None:
                 yield from part.buffers()
 
     def entries(self) -> int:
-        return self._ahead() + sum(segment.length for segment in self._segments())
+        dropped = 0 if self.rest is None else self.rest.length
+        return self._ahead() + dropped + sum(segment.length for segment in self._segments())
 
     def read_bytes(self) -> int:
         raw = sum(segment.read_bytes() for segment in self._everything() if segment is not self.bulk)

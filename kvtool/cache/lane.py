@@ -49,6 +49,9 @@ class Lane(ABC):
 
     def __init__(self, heads: list[int]):
         self.heads = heads
+        first, count = heads[0], len(heads)
+        row = heads == list(range(first, first + count))
+        self.at = slice(first, first + count) if row else heads  # of the layer's heads: neighbours are not copied
 
     @abstractmethod
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:

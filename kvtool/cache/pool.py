@@ -1,4 +1,4 @@
-"""Entries of neighbouring layers written as one: a basis that layers share, or heads of several layers joined.
+"""Entries of neighbouring layers written as one: a basis or a direction that layers share, or their heads joined.
 
 The layers of a span hand in the entries that leave their raw windows, layer by layer within one call of the network;
 with the last one's the pool encodes them together, as if they were one layer with span·K KV heads. A `Member` is what
@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
+from kvtool.cache.coded import Coded
 from kvtool.cache.lane import Partial, Step
-from kvtool.cache.segments import Coded, Segment
+from kvtool.cache.segments import Segment
+from kvtool.encoding.encoding import Encoding
 
 
 class Pool:
@@ -51,11 +53,14 @@ class Member(Segment):
         self.pool.offer(self.member, k, v)
 
     def attend(self, q: torch.Tensor, step: Step) -> Partial:
-        """The other layers' heads ask nothing."""
+        """Where kernels read what is written, the other layers' heads ask nothing."""
+        coded = self.pool.coded
+        if coded.length and coded.packed(q, step) is None:
+            return coded.by_blocks(q, step, self.recall)
         batch, heads, tokens, width = q.shape
         wide = q.new_zeros(batch, self.pool.span, heads, tokens, width)
         wide[:, self.member] = q
-        out, lse = self.pool.coded.attend(wide.flatten(1, 2), step)
+        out, lse = coded.attend(wide.flatten(1, 2), step)
         return out.unflatten(1, (self.pool.span, heads))[:, self.member], lse.unflatten(1, (-1, heads))[:, self.member]
 
     def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,15 +83,15 @@ class Member(Segment):
                 yield from pair
 
     def key_bytes(self) -> int:
-        return self._share(self.pool.coded.key_bytes())
+        return self._share(self.pool.coded.key, self.pool.coded.key_bytes())
 
     def read_bytes(self) -> int:
-        return self._share(self.pool.coded.read_bytes())
+        coded = self.pool.coded
+        return self.key_bytes() + self._share(coded.value, coded.read_bytes() - coded.key_bytes())
 
-    def _share(self, count: int) -> int:
-        """What is joined is read whole by every layer; what is not, each layer's own part of it."""
-        joined = max(self.pool.coded.key.joined, self.pool.coded.value.joined) > 1
-        return count if joined else count // self.pool.span
+    def _share(self, encoding: Encoding, count: int) -> int:
+        """What is written as one is read whole by every layer; what is not, each layer's own part of it."""
+        return count if encoding.mixes else count // self.pool.span
 
     def reorder(self, rows: torch.Tensor) -> None:
         if self.member == 0:

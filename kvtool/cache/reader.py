@@ -6,8 +6,9 @@ A `Reader` belongs to one lane. It holds the summaries (see `units.py`) and the 
 lane's bulk. A budget of everything is `bulk.attend`, bit for bit. Choices are made per row and KV head, or per query
 head, so that neither the rest of the batch nor the other heads of the lane matter.
 
-Bytes read are those of the last step: the chosen units' union, in whole pages, and the summaries as often as they
-have been looked at on average so far. Shapes: as in `units.py`.
+Where a choice is made anew when a run of entries begins, or read by its queries, `Cuts` follow the entries from when
+they come. Bytes read are those of the last step: the chosen units' union, in whole pages, and the summaries as often as
+they have been looked at on average so far. Shapes: as in `units.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from kvtool.cache import tails
 from kvtool.cache.board import Board, Post
+from kvtool.cache.cuts import Cuts
 from kvtool.cache.lane import Partial, Step
 from kvtool.cache.segments import Segment
 from kvtool.cache.summaries._base import Given
@@ -50,10 +52,12 @@ class Reader:
         table = None if spec.table is None else spec.table[place.layer]
         if table is not None and len(place.heads) != len(table):  # all heads need no copy
             table = table[list(place.heads)]
-        self.units = Units(spec, Given(table, spec.rank))
+        self.units = Units(spec, Given(table, spec.rank, spec.bits))
+        self.cuts = None if spec.cut is None else Cuts(spec, place.layer)
         self.scores_itself = not self.follows or spec.tail != "drop"
         self.choice: torch.Tensor | None = None  # int64 [B,K,C,M], the last first; −1 where a chooser has fewer
-        self.age: torch.Tensor | None = None  # steps since each choice, int64 [B,K,C]
+        self.age: torch.Tensor | None = None  # steps since each choice, −1 before the first, int64 [B,K,C]
+        self.young: torch.Tensor | None = None  # who read everything at the last step, bool [B,K], if only some did
         self.asked: torch.Tensor | None = None  # the queries that chose [B,K,G,D], where `jump` compares with them
         self.fetched: tuple[torch.Tensor, ...] = ()  # what was read of a slow bulk, as long as it is read again
         self.known = 0  # elements of the bulk that the choice was made from, or extended by
@@ -61,10 +65,26 @@ class Reader:
         self.reads = self.asks = self.looks = 0  # steps; choosers in all of them, and those that chose anew
         self.group = 1  # query heads of a KV head
 
+    def receive(self, q: torch.Tensor | None, k: torch.Tensor, step: Step) -> None:
+        """Entries with keys k [B,K,T,D] have come, and q [B,H,T,D], where known, are their queries."""
+        if self.cuts is not None:
+            self.cuts.receive(q, k, step)
+
+    def take(self, index: torch.Tensor) -> None:
+        """Of the entries that came, all of them recent, only index int64 [B,K,N] are still there."""
+        if self.cuts is not None:
+            self.cuts.take(index)
+
+    def skip(self, count: int) -> None:
+        """The oldest `count` recent entries will not join the bulk."""
+        if self.cuts is not None:
+            self.cuts.leave(count)
+
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Entries k, v [B,K,S,D], S a multiple of the unit, are about to join the bulk."""
+        runs = None if self.cuts is None else self.cuts.leave(k.shape[2])
         if self.scores_itself:
-            self.units.append(k, v)
+            self.units.append(k, v, runs)
 
     def count(self, bulk: Segment) -> int:
         """Elements that a chooser reads of this bulk."""
@@ -84,6 +104,10 @@ class Reader:
         self.group = grouped.shape[2]
         if self.scores_itself:
             self.units.settle(bulk)
+        self.young = None if self.cuts is None or not self.spec.whole else self.cuts.young(self.spec.whole)
+        if self.young is not None and bool(self.young.all()):
+            self.whole, self.fetched = True, ()
+            return bulk.attend(q, step)
         scores = None if self.spec.tail == "drop" else self.units.scores(grouped, bulk)
         due, ranked = self._taken() if self.follows else self._asked(grouped, scores, bulk, step)
         changed = self._choose(due, ranked, count, total)
@@ -103,6 +127,8 @@ class Reader:
         """Which choosers are due, bool [B,K,C]; and if any, the scores of all elements [B,K,C,N]."""
         due, ranked = self._due(q), None
         if bool(due.any()):
+            if self.cuts is not None and self.spec.query == "run":
+                scores = self.units.scores(self.cuts.mean(q), bulk)
             scores = self.units.scores(q, bulk) if scores is None else scores
             ranked = self.units.elements(self.units.apart(self._ranked(scores, step)))
             if self.spec.jump is not None:
@@ -125,12 +151,14 @@ class Reader:
     def _due(self, q: torch.Tensor) -> torch.Tensor:
         choosers = q.shape[2] if self.spec.heads == "each" else 1
         if self.choice is None or self.age is None:
-            return torch.ones(*q.shape[:2], choosers, dtype=torch.bool, device=q.device)
-        due = self.age >= (self.spec.period or torch.iinfo(torch.int64).max)
+            self.age = torch.full((*q.shape[:2], choosers), -1, device=q.device)
+        due = (self.age < 0) | (self.age >= (self.spec.period or torch.iinfo(torch.int64).max))
         if self.spec.jump is not None and self.asked is not None:
             cosine = torch.cosine_similarity(wide(q), wide(self.asked), dim=-1)
             due = due | (cosine.unflatten(2, (choosers, -1)).mean(-1) < self.spec.jump)
-        return due
+        if self.spec.renew and self.cuts is not None:
+            due = due | self.cuts.due(self.young)[..., None]
+        return due if self.young is None else due & ~self.young[..., None]
 
     def _ranked(self, scores: torch.Tensor, step: Step) -> torch.Tensor:
         """Scores [B,K,G,U] per query head → [B,K,C,U] per chooser."""
@@ -147,33 +175,47 @@ class Reader:
     def _choose(self, due: torch.Tensor, ranked: torch.Tensor | None, count: int, total: int) -> bool:
         """Those who are due choose `count` of `total` elements; the others read on, and what is new too. Any change?"""
         grown, self.known = range(self.known, total), total
-        self.age = torch.where(due, 1, 1 if self.age is None else self.age + 1)
+        self._grow_older(due)
         if ranked is None:
             assert self.choice is not None
             self.choice = _extended(self.choice, grown)
             return len(grown) > 0
         fresh = self.units.best(ranked, count)
-        if self.choice is None or bool(due.all()):
+        if bool(due.all()):
             self.choice = fresh
             return True
-        old = _extended(self.choice, grown)
-        width = max(fresh.shape[3], old.shape[3])
-        fresh, old = (torch.nn.functional.pad(x, (0, width - x.shape[3]), value=-1) for x in (fresh, old))
-        choice = torch.where(due[..., None], fresh, old)
+        old = fresh[..., :0] if self.choice is None else _extended(self.choice, grown)
+        choice = _either(due, fresh, old)
         self.choice = choice[..., : int((choice >= 0).sum(-1).max())].clone()
         return True
 
+    def _grow_older(self, due: torch.Tensor) -> None:
+        """Steps that read everything do not count, nor do any before the first choice."""
+        if self.age is None or self.young is None:
+            self.age = torch.where(due, 1, 1 if self.age is None else self.age + 1)
+            return
+        self.age = torch.where(due, 1, self.age + ((self.age >= 0) & ~self.young[..., None]))
+
+    def _read(self, entries: int) -> torch.Tensor:
+        """What is read: the choice, or all of so many elements, last first, where everything is."""
+        assert self.choice is not None
+        if self.young is None:
+            return self.choice
+        young = self.young[..., None].expand(self.choice.shape[:3])
+        everything = torch.arange(entries, device=young.device).flip(0).expand(*young.shape, -1)
+        return _either(young, everything, self.choice)
+
     def _over(self, q: torch.Tensor, bulk: Segment, step: Step, *, changed: bool) -> Partial:
         """q [B,K,G,D] over the choice → [B,K,G,D], [B,K,G]; choosers are rows of a batch with one KV head each."""
-        assert self.choice is not None
-        batch, kv_heads, choosers, _ = self.choice.shape
-        if changed or not self.fetched:
-            self.fetched = bulk.gather(self.choice.clamp_min(0).flatten(2), self.units.grain)
+        read = self._read(bulk.length // self.units.grain)
+        batch, kv_heads, choosers, _ = read.shape
+        if changed or self.young is not None or not self.fetched:
+            self.fetched = bulk.gather(read.clamp_min(0).flatten(2), self.units.grain)
         k, v = (x.reshape(batch * kv_heads * choosers, 1, -1, x.shape[-1]) for x in self.fetched)
-        if not self.slow or self.spec.period == 1:
+        if not self.slow or self.spec.period == 1 or self.young is not None:
             self.fetched = ()
-        hidden, bias = self.choice < 0, None
-        if self.spec.jump is not None and bool(hidden.any()):
+        hidden, bias = read < 0, None
+        if (self.spec.jump is not None or self.cuts is not None) and bool(hidden.any()):
             bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
             bias = bias.repeat_interleave(self.units.grain, 3).reshape(len(k), 1, 1, -1)
         out, lse = attend(q.reshape(len(k), -1, 1, q.shape[-1]), k, v, bias=bias, **step.options)
@@ -181,8 +223,7 @@ class Reader:
 
     def _tail(self, read: Partial, scores: torch.Tensor, bulk: Segment, step: Step) -> Partial:
         """The partial result [B,K,G,D], [B,K,G] that stands for what is not `read`."""
-        assert self.choice is not None
-        unread, sizes = self.units.unread(self.choice, scores.shape[3])
+        unread, sizes = self.units.unread(self._read(bulk.length // self.units.grain), scores.shape[3])
         logits = tails.capped(scores, step)
         if self.units.total is not None:
             value, lse = tails.mean(read[1], logits, unread, sizes, self.units.total / bulk.length)
@@ -213,7 +254,8 @@ class Reader:
         if self.choice is None:
             return bulk.read_bytes() * self.count(bulk) * self.units.grain // bulk.length
         batch, kv_heads, grain, page = *self.choice.shape[:2], self.units.grain, self.spec.page
-        entries = (self.choice[..., None] * grain + torch.arange(grain, device=self.choice.device)).flatten(2)
+        read = self._read(bulk.length // grain)
+        entries = (read[..., None] * grain + torch.arange(grain, device=read.device)).flatten(2)
         pages = -(-bulk.length // page)
         index = torch.where(entries < 0, pages, entries // page)  # what is nothing goes to one page too many
         touched = torch.zeros(batch, kv_heads, pages + 1, dtype=torch.bool, device=index.device)
@@ -223,16 +265,27 @@ class Reader:
     def buffers(self) -> Iterator[torch.Tensor]:
         yield from self.units.buffers()
         yield from self.fetched
-        for held in (self.choice, self.age, self.asked):
+        if self.cuts is not None:
+            yield from self.cuts.buffers()
+        for held in (self.choice, self.age, self.asked, self.young):
             if held is not None:
                 yield held
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.units.reorder(rows)
+        if self.cuts is not None:
+            self.cuts.reorder(rows)
         self.fetched = tuple(part[rows] for part in self.fetched)
-        for name in ("choice", "age", "asked"):
+        for name in ("choice", "age", "asked", "young"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held[rows])
+
+
+def _either(which: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Choices a where `which` bool [B,K,C], else b, filled up with −1."""
+    width = max(a.shape[3], b.shape[3])
+    a, b = (torch.nn.functional.pad(x, (0, width - x.shape[3]), value=-1) for x in (a, b))
+    return torch.where(which[..., None], a, b)
 
 
 def _extended(choice: torch.Tensor, grown: range) -> torch.Tensor:

@@ -9,7 +9,7 @@ merged. It knows plans, not methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -55,17 +55,21 @@ class SegmentCache(Cache):
         if protocol not in ("official", "strict"):
             raise InputError("unknown protocol", got=protocol, expected="official or strict")
         self.protocol: Protocol = protocol
-        self.plan, self.network = plan, model.network
+        self.geometry = model.geometry
+        self.plan, self.network, self.prompt_length = plan, model.network, prompt_length
         if prefix is not None:
             self._check(prefix)
         elif plan is not None:
             plan.check(model.fingerprint)
             conflicts.check(plan)
-            if plan.store is not None and plan.store.span > 1 and protocol == "strict":
+            if plan.store is not None and plan.store.spans and protocol == "strict":
                 raise InputError(
                     "layers that are written as one wait for the last of them: no chunk can see its own entries coded",
                     remedy="use the protocol official",
                 )
+            if plan.store is not None and plan.store.rest is not None and self._spec is None:
+                raise InputError("dropped entries would be held in a lower encoding, but no selection drops any",
+                                 remedy="compose with a plan that selects")  # fmt: skip
             shared = plan.keep is not None and bool(plan.keep.recent_ratio) and not bool(plan.keep.full.all())
             spec = None if plan.keep is None else plan.keep.select
             parts = spec is not None and (bool((spec.budget <= 1).any()) or 0 < spec.recent < 1)
@@ -75,7 +79,7 @@ class SegmentCache(Cache):
                                  remedy="pass prompt_length=<tokens>")  # fmt: skip
             if shared and prompt_length is None:
                 raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
-        self.finished = prefix is not None or plan is None or plan.keep is None or plan.keep.select is None
+        self.finished = prefix is not None or not self._waits
         board = Board()
         layers: list[SegmentLayer] = [
             SegmentLayer(
@@ -104,7 +108,7 @@ class SegmentCache(Cache):
                 "the shared prefix was made under another plan or protocol",
                 remedy="pass the prefix's own: prefix.plan and protocol=prefix.protocol",
             )
-        if self.plan is not None and self.plan.store is not None and self.plan.store.span > 1:
+        if self.plan is not None and self.plan.store is not None and self.plan.store.spans:
             raise InputError("a prefix cannot be shared when layers are written as one")
         if not prefix.single:
             raise InputError("a shared prefix is one sequence without padding, fed before it is shared")
@@ -120,41 +124,71 @@ class SegmentCache(Cache):
         return all(layer.single for layer in self.segments)
 
     def reset(self) -> None:
-        self.finished = self.plan is None or self.plan.keep is None or self.plan.keep.select is None
+        self.finished = not self._waits
         super().reset()
 
+    @property
+    def _spec(self) -> Select | None:
+        return None if self.plan is None or self.plan.keep is None else self.plan.keep.select
+
+    @property
+    def _waits(self) -> bool:
+        """Does something happen once the prompt is in?"""
+        return self._spec is not None or (
+            self.plan is not None and self.plan.store is not None and self.plan.store.fits
+        )
+
     def finish(self) -> None:
-        """The prompt is in: what a score selects is selected now, and the rest is freed. The first decode step calls
-        this too."""
+        """The prompt is in: what a score selects is selected now, and the rest is freed; encodings are fitted. The
+        first decode step calls this too."""
         if self.finished:
             return
         self.finished = True
-        assert self.plan is not None
-        assert self.plan.keep is not None
-        assert self.plan.keep.select is not None
-        if self.plan.keep.select.observe == "rebuild":
-            rebuild(self.network, self.segments)
-        select(self.plan.keep.select, self.segments)
+        if self._spec is not None:
+            if self._spec.observe == "rebuild":
+                rebuild(self.network, self.segments)
+            select(self._spec, self.segments)
+        for layer in self.segments:
+            layer.settle()
 
     def _filled(self, layer: SegmentLayer, prompt_length: int | None) -> None:
         """The whole prompt is in one layer, the next ones to come: what its own scores select is selected now, so that
         no two layers ever hold all of a prompt."""
-        spec = None if self.plan is None or self.plan.keep is None else self.plan.keep.select
-        if self.finished or spec is None or layer.columns != prompt_length:
+        if self.finished or layer.columns != prompt_length:
             return
-        if spec.rule("spread").LEVEL != "model" and spec.observe != "rebuild":  # which runs all layers again
+        spec = self._spec
+        if spec is None:
+            layer.settle()
+        elif spec.rule("spread").LEVEL != "model" and spec.observe != "rebuild":  # which runs all layers again
             select(spec, [layer])
 
+    def insert(self, entries: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Entries that are no tokens', k and v [B,K,n,D] for each layer: every query from now on sees all of them, in
+        no order. Keys come rotated for whatever positions they are to have; tokens are counted without them, and no
+        plan encodes, evicts or chooses among them (arXiv 2412.17747 adds trained ones)."""
+        expected = (self.geometry.kv_heads, self.geometry.head_dim)
+        if len(entries) != len(self.segments) or any((x.shape[1], x.shape[3]) != expected for e in entries for x in e):
+            raise InputError(
+                "inserted entries of another shape", got=[tuple(k.shape) for k, _ in entries][:2],
+                expected=f"[B,{expected[0]},n,{expected[1]}] for each of {len(self.segments)} layers",
+            )  # fmt: skip
+        for layer, (k, v) in zip(self.segments, entries, strict=True):
+            layer.insert(k, v)
+
     def record_for(self, plan: Plan) -> None:
-        """Keep the queries that a cache of `plan` needs to adopt this one."""
+        """Keep the queries, and with any the tokens, that a cache of `plan` needs to adopt this one."""
         spec = plan.keep.select if plan.keep is not None else None
+        tokens = plan.read is not None and plan.read.cut == "tokens"
+        fitted = 0 if plan.store is None else plan.store.observed
+        each = [int(tokens), 0 if spec is None else _recorded(spec), fitted]
         for layer in self.segments:
-            layer.record = 0 if spec is None else _recorded(spec)
+            layer.record = -1 if -1 in each else max(each)
 
     def adopt(self, full: SegmentCache) -> None:
         """Start from a prompt (unpadded) that the full cache `full` was fed at once.
 
-        The result is the same as feeding this cache, as long as prefill is dense: under the official protocol.
+        The result is the same as feeding this cache, as long as prefill is dense: under the official protocol, and a
+        plan that drops no layer.
         """
         if self.protocol != "official":
             raise InputError("a strict cache must see its own prefill")
@@ -164,13 +198,17 @@ class SegmentCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: the sum over every buffer of every lane, slack included."""
-        return sum(buffer.nbytes for lane in self._all() for buffer in lane.buffers())
+        """Bytes held: the sum over every buffer of every lane, slack included, and what was inserted."""
+        return sum(buffer.nbytes for lane in self._all() for buffer in lane.buffers()) + self._inserted
 
     @property
     def read_bytes(self) -> int:
         """Bytes of keys and values that one decode step reads."""
-        return sum(lane.read_bytes() for lane in self._all())
+        return sum(lane.read_bytes() for lane in self._all()) + self._inserted
+
+    @property
+    def _inserted(self) -> int:
+        return sum(x.nbytes for layer in self.segments for x in layer.inserted)
 
     @property
     def moved_bytes(self) -> int:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kvtool.cache.bulk import Bulk
-from kvtool.cache.lane import Lane, Step
+from kvtool.cache.lane import Lane, Partial, Step
 from kvtool.errors import InputError
 from kvtool.serving import Attention, Layer
+from kvtool_kernels.ops import attend, merge
 from kvtool_kernels.precision import wider
 
 
@@ -28,20 +29,20 @@ class Part:
         self.fed += k.shape[2]
         if len(self.lanes) == 1:
             return self.lanes[0].step(q, k, v, step)
-        return self._by_lane(q, lambda lane, part: lane.step(part, k[:, lane.heads], v[:, lane.heads], step))
+        return self._by_lane(q, lambda lane, part: lane.step(part, k[:, lane.at], v[:, lane.at], step))
 
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step):
         """As `Lane.trial`, for all heads of the layer."""
         if len(self.lanes) == 1:
             return self.lanes[0].trial(q, k, v, step)
-        return self._by_lane(q, lambda lane, part: lane.trial(part, k[:, lane.heads], v[:, lane.heads], step))
+        return self._by_lane(q, lambda lane, part: lane.trial(part, k[:, lane.at], v[:, lane.at], step))
 
     def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """As `Lane.absorb`, for all heads of the layer."""
         self.fed += k.shape[2]
         grouped = q.unflatten(1, (k.shape[1], -1))
         for lane in self.lanes:
-            lane.absorb(k[:, lane.heads], v[:, lane.heads], step, grouped[:, lane.heads].flatten(1, 2))
+            lane.absorb(k[:, lane.at], v[:, lane.at], step, grouped[:, lane.at].flatten(1, 2))
 
     def _by_lane(self, q: torch.Tensor, work: Callable[[Lane, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]):
         batch, heads, tokens, width = q.shape
@@ -50,9 +51,9 @@ class Part:
         out = torch.empty_like(grouped)
         lse = q.new_empty(grouped.shape[:-1], dtype=wider(q.dtype))
         for lane in self.lanes:
-            part, part_lse = work(lane, grouped[:, lane.heads].flatten(1, 2))
+            part, part_lse = work(lane, grouped[:, lane.at].flatten(1, 2))
             shape = (batch, len(lane.heads), heads // kv_heads, tokens)
-            out[:, lane.heads], lse[:, lane.heads] = part.reshape(*shape, width), part_lse.reshape(shape)
+            out[:, lane.at], lse[:, lane.at] = part.reshape(*shape, width), part_lse.reshape(shape)
         return out.flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -73,6 +74,7 @@ class SegmentLayer(Layer):
         self.parts: list[Part] = []
         self.columns = 0
         self.prefix = 0  # columns that all rows share
+        self.inserted: list[torch.Tensor] = []  # k, v [B,K,n,D] of no token
         self.scale = 1.0
         self.softcap: float | None = None
         self.record = 0  # how many of the newest queries to keep for caches that adopt this one; −1 all
@@ -102,20 +104,36 @@ class SegmentLayer(Layer):
                     out[at], lse[at] = part.step(q[at], k[at], v[at], self._step(part, tokens))
         if start == 0:
             self.filled(self)
-        return _with_sink_logits(out, lse, call)
+        return _with_sink_logits(*self._beside(q, (out, lse), self.inserted), call)
 
     def trial(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention, number: int = 0
     ) -> torch.Tensor:
         """As `Lane.trial`, for the rows of one part of the batch."""
         self.scale, self.softcap = call.scale, call.softcap
-        out, lse = self.parts[number].trial(q, k, v, self._step(self.parts[number]))
-        return _with_sink_logits(out, lse, call)
+        part = self.parts[number]
+        out = part.trial(q, k, v, self._step(part))
+        return _with_sink_logits(*self._beside(q, out, [x[part.rows] for x in self.inserted]), call)
+
+    def insert(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Entries k, v [B,K,n,D] of no token: every query from now on sees all of them."""
+        held = self.inserted or [k[:, :, :0], v[:, :, :0]]
+        self.inserted = [torch.cat(pair, dim=2) for pair in zip(held, (k, v), strict=True)]
+
+    def _beside(self, q: torch.Tensor, out: Partial, inserted: list[torch.Tensor]) -> Partial:
+        """`out`, merged with attention over inserted entries."""
+        return merge(out, attend(q, *inserted, scale=self.scale, softcap=self.softcap)) if inserted else out
 
     def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
         """As `Lane.absorb`, for the one row that is held; tokens int64 [1,T]."""
         self.parts[0].absorb(q, k, v, self._step(self.parts[0], tokens))
         self.columns += k.shape[2]
+
+    def settle(self) -> None:
+        """The prompt is in: lanes that still wait for its end go on."""
+        for lane in self.lanes():
+            if isinstance(lane, Bulk) and not lane.finished:
+                lane.finish()
 
     @property
     def single(self) -> bool:
@@ -176,7 +194,7 @@ class SegmentLayer(Layer):
             now = Step(first, self.scale, self.softcap, origin=part.origin, tokens=own)
             for lane in part.lanes:
                 lane.absorb(k[part.rows][:, lane.heads], v[part.rows][:, lane.heads], now)
-                if isinstance(lane, Bulk) and lane.selector is not None:
+                if isinstance(lane, Bulk) and other.queries:
                     q = torch.cat(other.queries, dim=2)[part.rows]
                     lane.look(q.unflatten(1, (k.shape[1], -1))[:, lane.heads].flatten(1, 2), now)
             part.fed = other.columns
@@ -188,6 +206,7 @@ class SegmentLayer(Layer):
         part = Part([0], 0, [lane.branch() for lane in theirs.lanes])
         part.fed, part.origin = theirs.fed, theirs.origin
         self.parts, self.columns, self.prefix = [part], other.columns, other.columns
+        self.inserted = list(other.inserted)
         self.scale, self.softcap = other.scale, other.softcap
 
     def lanes(self) -> Iterator[Lane]:
@@ -195,7 +214,7 @@ class SegmentLayer(Layer):
         return (lane for part in self.parts for lane in part.lanes)
 
     def reset(self) -> None:
-        self.columns, self.prefix, self.parts, self.queries, self.tokens = 0, 0, [], [], []
+        self.columns, self.prefix, self.parts, self.queries, self.tokens, self.inserted = 0, 0, [], [], [], []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._take(beam_idx)
@@ -210,6 +229,7 @@ class SegmentLayer(Layer):
                 lane.reorder(local)
             part.rows = rows
         self.parts = [part for part in self.parts if part.rows]
+        self.inserted = [x[indices] for x in self.inserted]
         if self.by_row and not self.prefix and any(len(part.rows) > 1 for part in self.parts):
             raise InputError(
                 "rows of this plan's cache hold different entries and cannot be repeated",

@@ -1,25 +1,22 @@
 """Segments: entries of one encoding, in order. A lane's attention is the merge of attention over its segments.
 
-`Dense` holds entries as they come, in a buffer with a little room to grow; `Coded` holds what an `Encoding` wrote
-and attends over the written form, or block by block over what it decodes where kernels cannot read it. Neither
-knows policies: what enters and what leaves is the lane's affair.
+`Dense` holds entries as they come, in a buffer with a little room to grow; `Coded` (see `coded.py`) what an `Encoding`
+wrote. Neither knows policies: what enters and what leaves is the lane's affair.
 
 Shapes: k, v [B,K,S,D]; q [B,H,T,D] with H = K·G.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from kvtool.cache.closing import close_up, closes
 from kvtool.cache.lane import Partial, Step
-from kvtool.encoding.codecs import Parts
-from kvtool.encoding.encoding import Encoding
-from kvtool.rotary import Rotary
-from kvtool_kernels.ops import attend, attend_packed, merge
+from kvtool_kernels.ops import attend, attend_scored
 
 GROWTH = 64  # entries by which a dense buffer grows: the slack that is held but not yet used
 HOST = torch.device("cpu")
@@ -93,14 +90,26 @@ class Dense(Segment):
         self.weight: torch.Tensor | None = None  # fp32 [B,K,S,1]: entries that each one stands for, where that is not 1
         self.slow = slow
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, k: torch.Tensor, v: torch.Tensor, most: int | None = None) -> None:
+        """`most`: how many entries will be held at once, as far as is known."""
         self.device = k.device
-        self.k = _append(self.k, self._put(k), self.length)
-        self.v = _append(self.v, self._put(v), self.length)
+        self.k = _append(self.k, self._put(k), self.length, most)
+        self.v = _append(self.v, self._put(v), self.length, most)
         if self.weight is not None:
             one = torch.ones(*k.shape[:3], 1, dtype=torch.float32, device=k.device)
-            self.weight = _append(self.weight, one, self.length)
+            self.weight = _append(self.weight, one, self.length, most)
         self.length += k.shape[2]
+
+    def state(self) -> dict[str, Any]:
+        """What a file holds: the entries, without the room to grow."""
+        held = (("k", self.k), ("v", self.v), ("weight", self.weight))
+        return {name: x[:, :, : self.length] for name, x in held if x is not None and self.length}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Hold these entries, where there were none."""
+        if state:
+            self.k, self.v, self.weight = self._put(state["k"]), self._put(state["v"]), state.get("weight")
+            self.length, self.device = state["k"].shape[2], state["k"].device
 
     def attend(self, q: torch.Tensor, step: Step, *, causal: bool = False) -> Partial:
         """`causal`: the last T entries are the queries' own. Weight n adds log n to an entry's logit."""
@@ -114,6 +123,13 @@ class Dense(Segment):
         rows = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # a KV head's queries share its bias
         out, lse = attend(rows, k, v, bias=bias, **step.options)
         return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+    def scored(self, q: torch.Tensor, step: Step) -> tuple[Partial, torch.Tensor | None]:
+        """As `attend`, of one token, and its logits [B,H,1,S], unless entries stand for several."""
+        if self.weight is not None:
+            return self.attend(q, step), None
+        out, lse, logits = attend_scored(q, *self.recall(), **step.options)
+        return (out, lse), logits
 
     def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.v is not None
@@ -137,9 +153,23 @@ class Dense(Segment):
 
     def take(self, index: torch.Tensor) -> None:
         """Keep only the entries index int64 [B,K,N], in this order."""
-        self.k, self.v = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in self.recall())
-        self.length = index.shape[2]
+        assert self.k is not None
+        assert self.v is not None
+        held, self.length = self.length, index.shape[2]
+        buffers = (self.k, self.v) if self.weight is None else (self.k, self.v, self.weight)
+        if closes(buffers, index, held):
+            close_up(buffers, index, held)
+            return
+        self.k, self.v = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (self.k, self.v))
         self.weight = None if self.weight is None else self.weight.gather(2, index[..., None])
+
+    def put(self, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor | None) -> None:
+        """Hold k, v [B,K,E,D] at places int64 [B,K,E]; where told, all stand for counts [B,K,S] entries each."""
+        assert self.k is not None
+        assert self.v is not None
+        for buffer, new in ((self.k, k), (self.v, v)):
+            buffer.scatter_(2, places[..., None].expand_as(new), new)
+        self.weight = self.weight if counts is None else counts[..., None].contiguous()
 
     def counts(self) -> torch.Tensor:
         """Entries that each one stands for, fp32 [B,K,S]."""
@@ -156,7 +186,7 @@ class Dense(Segment):
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.k is not None
         assert self.v is not None
-        index = _entries(units, unit)[..., None].to(self.k.device)
+        index = entries_of(units, unit)[..., None].to(self.k.device)
         k, v = (self._fetch(x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))) for x in (self.k, self.v))
         return k, v
 
@@ -178,160 +208,16 @@ class Dense(Segment):
             self.weight = None if self.weight is None else self.weight[rows]
 
 
-class Coded(Segment):
-    """Entries as `key` and `value` write them. Appended once, never written again.
-
-    `rotary` is needed for keys that are stored before RoPE; `positions` gives the position of each entry, int64 [S] or
-    [B,K,S], for them.
-    """
-
-    def __init__(self, key: Encoding, value: Encoding, rotary: Rotary | None = None, *, slow: bool = False):
-        self.key, self.value, self.rotary, self.slow = key, value, rotary, slow
-        self.parts: dict[str, Parts] = {}
-        self.width = (0, 0)
-        self.positions: Callable[[int, int], torch.Tensor] = lambda low, high: torch.arange(low, high)
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        count = k.shape[2]
-        self.width, self.dtype, self.device = (k.shape[-1], v.shape[-1]), k.dtype, k.device
-        if not self.key.rotated:
-            k = self._turn(k, self.length, self.length + count, back=True)
-        for side, encoding, x in (("key", self.key, k), ("value", self.value, v)):
-            made = {n: self._put(tensor) for n, tensor in encoding.encode(x).items()}
-            held = self.parts.get(side)
-            if held is None:
-                self.parts[side] = {n: _own(tensor) for n, tensor in made.items()}
-            else:
-                self.parts[side] = {n: torch.cat([held[n], made[n]], dim=2) for n in made}
-        self.length += count
-
-    def _turn(self, k: torch.Tensor, low: int, high: int, *, back: bool) -> torch.Tensor:
-        assert self.rotary is not None
-        positions = self.positions(low, high).to(k.device)
-        table = self.rotary.table(positions)
-        return self.rotary.unrotate(k, table) if back else self.rotary.rotate(k, table)
-
-    def attend(self, q: torch.Tensor, step: Step) -> Partial:
-        if self.length == 0:
-            return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
-        keys, values = self.key.packed(self.parts["key"]), self.value.packed(self.parts["value"])
-        alike = self.key.joined == self.value.joined
-        near = not self.slow and q.dtype != torch.float64  # kernels read the model's memory and compute in fp32
-        if keys is not None and values is not None and alike and step.softcap is None and near:
-            return self._direct(q, keys, values, step)
-        out: Partial | None = None
-        block = math.lcm(self.key.block, self.value.block)
-        count = max(block, BLOCK - BLOCK % block)
-        for low in range(0, self.length, count):
-            k, v = self.recall(low, min(low + count, self.length))
-            part = attend(q, k, v, **step.options)
-            out = part if out is None else merge(out, part)
-        assert out is not None
-        return out
-
-    def _direct(self, q: torch.Tensor, keys, values, step: Step) -> Partial:
-        """Attention over the written form: the query meets ẑ of the keys, and ẑ of the values is turned back once."""
-        batch, heads, tokens, width = q.shape
-        kv_heads = _heads(keys) * self.key.joined
-        rows = heads // kv_heads * tokens
-        turned, offset = self.key.query(q.reshape(batch, kv_heads, rows, width))
-        flat = turned.reshape(batch, turned.shape[1] * turned.shape[2], 1, turned.shape[3])
-        flat = torch.nn.functional.pad(flat, (0, _width(keys) - flat.shape[3]))
-        out, lse = attend_packed(flat, keys, values, scale=step.scale)
-        if offset is not None:
-            lse = lse + step.scale * offset.reshape(lse.shape)
-        inner = self.value_width()
-        out = out.reshape(batch, turned.shape[1], turned.shape[2], -1)[..., :inner]
-        out = self.value.output(out, rows)
-        return out.reshape(batch, heads, tokens, -1).to(q.dtype), lse.reshape(batch, heads, tokens)
-
-    def value_width(self) -> int:
-        """r of the values: their written width without padding."""
-        width = self.width[1]
-        for step in self.value.transforms:
-            width = step.width(width)
-        return width
-
-    def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoded entries; `low` must stand at a block's border."""
-        high = self.length if high is None else high
-        v = self.value.decode(self._cut("value", self.value, low, high), self.width[1])
-        return self.keys(low, high), v[:, :, : high - low].to(self.dtype)
-
-    def keys(self, low: int = 0, high: int | None = None) -> torch.Tensor:
-        high = self.length if high is None else high
-        k = self.key.decode(self._cut("key", self.key, low, high), self.width[0])[:, :, : high - low].to(self.dtype)
-        return k if self.key.rotated else self._turn(k, low, high, back=False)
-
-    def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Only the chosen units are decoded, as long as no transform mixes heads, whose units differ."""
-        block = math.lcm(self.key.block, self.value.block)
-        if unit % block or self.key.joined > 1 or self.value.joined > 1:
-            index = _entries(units, unit)[..., None]
-            k, v = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in self.recall())
-            return k, v
-        sides = []
-        for side, encoding, width in (("key", self.key, self.width[0]), ("value", self.value, self.width[1])):
-            chosen = {n: self._units(t, units, unit) for n, t in self.parts[side].items()}
-            sides.append(encoding.decode(chosen, width).to(self.dtype))
-        if not self.key.rotated:
-            assert self.rotary is not None
-            held = self.positions(0, self.length).to(units.device)
-            index = _entries(units, unit)
-            positions = held[index] if held.dim() == 1 else held.gather(2, index)
-            sides[0] = self.rotary.rotate(sides[0], self.rotary.table(positions))
-        return sides[0], sides[1]
-
-    def _units(self, part: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
-        """The chosen units' share of a part [B,K,S/per,...], of which an index holds `per` entries."""
-        index = _entries(units, unit * part.shape[2] // self.length).to(part.device)
-        index = index.reshape(*index.shape, *[1] * (part.dim() - 3)).expand(*index.shape, *part.shape[3:])
-        plain = part if part.itemsize > 1 else part.view(torch.uint8)  # torch gathers no 8-bit floats
-        return self._fetch(plain.gather(2, index).view(part.dtype))
-
-    def _cut(self, side: str, encoding: Encoding, low: int, high: int) -> Parts:
-        """The parts of the blocks that hold entries low … high − 1."""
-        assert low % encoding.block == 0
-        high = min(-(-high // encoding.block) * encoding.block, self.length)
-        cut = {}
-        for name, tensor in self.parts[side].items():
-            per = self.length // tensor.shape[2]  # entries that share one index of axis 2
-            cut[name] = self._fetch(tensor[:, :, low // per : -(-high // per)])
-        return cut
-
-    def buffers(self) -> Iterator[torch.Tensor]:
-        for parts in self.parts.values():
-            yield from parts.values()
-
-    def key_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.parts.get("key", {}).values())
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        self.parts = {side: {n: t[rows] for n, t in parts.items()} for side, parts in self.parts.items()}
-
-
-def _entries(units: torch.Tensor, unit: int) -> torch.Tensor:
+def entries_of(units: torch.Tensor, unit: int) -> torch.Tensor:
     """int64 [B,K,M] units → their entries [B,K,M·unit]."""
     return (units[..., None] * unit + torch.arange(unit, device=units.device)).flatten(2)
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory of its own: a view would keep alive what it looks into."""
-    return tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _heads(side) -> int:
-    return side.shape[1] if isinstance(side, torch.Tensor) else side.codes.shape[1]
-
-
-def _width(side) -> int:
-    return side.shape[-1] if isinstance(side, torch.Tensor) else side.width
-
-
-def _append(buffer: torch.Tensor | None, new: torch.Tensor, start: int) -> torch.Tensor:
+def _append(buffer: torch.Tensor | None, new: torch.Tensor, start: int, most: int | None) -> torch.Tensor:
     end = start + new.shape[2]
     if buffer is None or buffer.shape[2] < end:
-        buffer = grown(buffer, new, -(-end // GROWTH) * GROWTH)
+        room = -(-end // GROWTH) * GROWTH
+        buffer = grown(buffer, new, room if most is None else max(end, min(room, most)))
     buffer[:, :, start:end] = new
     return buffer
 

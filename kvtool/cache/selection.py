@@ -11,7 +11,7 @@ from itertools import chain
 
 import torch
 
-from kvtool.cache.budgets._base import Ballot, covering
+from kvtool.cache.budgets._base import Ballot, by_layer, covering
 from kvtool.cache.bulk import Bulk
 from kvtool.cache.lane import Step
 from kvtool.cache.segment_layer import SegmentLayer
@@ -43,12 +43,9 @@ def _select(spec: Select, pairs: Pairs) -> None:
         return
     ballots = _ballots(spec, pairs)
     limits = spec.rule("spread").deal(ballots)
-    peers: dict[int, list[torch.Tensor]] = {}
-    for ballot in ballots:
-        peers.setdefault(ballot.view.layer, []).append(ballot.scores)
+    peers = _together(ballots)
     for (lane, _), ballot, limit in zip(pairs, ballots, limits, strict=True):
-        together = torch.cat(peers[ballot.view.layer], dim=1)
-        lane.thin(ballot.view, ballot.scores, bounded(ballot, limit[0]), together)
+        lane.thin(ballot.view, ballot.scores, bounded(ballot, limit[0]), peers[ballot.view.layer])
         lane.finish()
 
 
@@ -63,11 +60,13 @@ def _ballots(spec: Select, pairs: Pairs) -> list[Ballot]:
         )
     if not spec.alike:
         return found
-    by_layer: dict[int, list[torch.Tensor]] = {}
-    for ballot in found:
-        by_layer.setdefault(ballot.view.layer, []).append(ballot.scores)
-    mean = {layer: torch.cat(scores, dim=1).mean(1, keepdim=True) for layer, scores in by_layer.items()}
+    mean = {layer: scores.mean(1, keepdim=True) for layer, scores in _together(found).items()}
     return [replace(ballot, scores=mean[ballot.view.layer].expand_as(ballot.scores)) for ballot in found]
+
+
+def _together(ballots: list[Ballot]) -> dict[int, torch.Tensor]:
+    """Scores [B,R,S] of all heads of each layer, lane by lane."""
+    return {layer: torch.cat([b.scores for b in group], dim=1) for layer, group in by_layer(ballots).items()}
 
 
 def bounded(ballot: Ballot, count: int) -> int:

@@ -21,6 +21,7 @@ from kvtool.cache.scores._base import View
 from kvtool.rotary import NONE, Rotary
 from kvtool.slots import Select
 
+AHEAD = 16  # decode steps whose entries a growing budget makes room for
 PROBED = 0.05  # share of the newest queries, and of the others, that "probes" looks at (ZipCache, section 4.2)
 Tags = dict[str, torch.Tensor]
 
@@ -45,7 +46,11 @@ class Selector:
         self.running: torch.Tensor | None = None  # scores of the entries held, if they will be scored again
         self.memory: Tags = {}  # what the merging rule keeps
         self.turn = 0
+        self.logits: torch.Tensor | None = None  # of the only query that is remembered, if attention has them
         self.limit = 0  # entries a head may hold, once that is settled
+        old = bool(spec.decay) or spec.reduce == "max"
+        self.remembers = self.rule.SEES == "own" or (self.rule.SEES == "queries" and old)
+        self.blind = getattr(self.picking, "BLIND", False) and not getattr(self.merging, "SCORES", False)
         if spec.when == "chunk":
             self.limit = self.limits(self.prompt_length)[0]
 
@@ -54,7 +59,7 @@ class Selector:
         the entries that end with the queries' own."""
         if self.rule.SEES == "own":
             self._score_own(q, k, v, step, tags)
-        if self.rule.SEES != "queries" or self.spec.observe == "rebuild":
+        if self.rule.SEES != "queries" or self.spec.observe == "rebuild" or self._idle:
             q, start = q[:, :, :0], start + q.shape[2]
         most = self._most()
         if most is not None:
@@ -64,6 +69,17 @@ class Selector:
                 self.first.pop(0)
         self.queries.append(q.clone())
         self.first.append(start)
+
+    @property
+    def asks(self) -> bool:
+        """Are the logits of a decode step's query what the next choice is made by?"""
+        alone = self.spec.when == "step" and not self.spec.history and not self.queries
+        return alone and self.rule.SEES == "queries" and not self._idle
+
+    @property
+    def _idle(self) -> bool:
+        """Does nothing look at scores any more?"""
+        return self.blind and self.turn > 0
 
     def _most(self) -> int | None:
         """Newest queries that may be looked at; None: all that come, or a share of them that is not known yet."""
@@ -85,9 +101,12 @@ class Selector:
 
     def _observed(self, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B,H,N,D] and their places int64 [N] among so many entries, of which the last is the newest query's own."""
-        q = torch.cat(self.queries, dim=2)
-        rows = torch.cat([torch.arange(at, at + x.shape[2]) for at, x in zip(self.first, self.queries, strict=True)])
-        rows += entries - self.first[-1] - self.queries[-1].shape[2]
+        shift = entries - self.first[-1] - self.queries[-1].shape[2]
+        places = [
+            torch.arange(at + shift, at + shift + x.shape[2]) for at, x in zip(self.first, self.queries, strict=True)
+        ]
+        one = len(places) == 1
+        q, rows = (self.queries[0], places[0]) if one else (torch.cat(self.queries, dim=2), torch.cat(places))
         most = self._most()
         if most is None and self.spec.observe == "last":
             most = max(1, round(self.spec.observed * len(rows)))
@@ -108,20 +127,25 @@ class Selector:
         self, q: torch.Tensor, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags
     ) -> View:
         return View(
-            q, rows, k, v, step.scale, step.softcap, self.spec, self.layer, self.heads, self.turn, tags, self.rotary
-        )
+            q, rows, k, v, step.scale, step.softcap, self.spec, self.layer, self.heads, self.turn, tags, self.rotary,
+            self.logits,
+        )  # fmt: skip
 
     def scores(self, view: View) -> torch.Tensor:
         """Scores of the entries in view per KV head, [B,K,S], old scores included."""
+        if self._idle:
+            return torch.zeros(1, device=view.k.device).expand(view.k.shape[:3])
         if self.rule.SEES == "own" or self.spec.observe == "rebuild":
             assert self.running is not None
             new = self.running
         else:
             new = self._reduced(self.rule.score(view))
-            if self.running is not None and self.rule.SEES == "queries":
-                lacking = view.k.shape[2] - self.running.shape[2]
-                old = torch.nn.functional.pad(self.spec.decay * self.running, (0, lacking))
-                new = torch.maximum(old, new) if self.spec.reduce == "max" else old + new
+            if self.running is not None and self.remembers:
+                before = new[:, :, : self.running.shape[2]]
+                if self.spec.reduce == "max":
+                    torch.maximum(before, self.spec.decay * self.running, out=before)
+                else:
+                    before += self.spec.decay * self.running
         return new.mean(1, keepdim=True).expand_as(new) if self.spec.alike else new
 
     def _reduced(self, scores: torch.Tensor) -> torch.Tensor:
@@ -158,6 +182,12 @@ class Selector:
         """Entries that each head may hold after a prompt of so many."""
         return [max(1, self.spec.minimum, round(b * entries) if b <= 1 else int(b)) for b in self.budget]
 
+    def most(self, fed: int) -> int | None:
+        """Entries that decode steps will hold at once, for the next of them at least, after `fed` tokens; if known."""
+        if self.spec.when != "step" or not self.limit:
+            return None
+        return 1 + (self.limits(fed + AHEAD)[0] if self.spec.growing else self.limit)
+
     def due(self, held: int, fed: int) -> int:
         """How many of so many entries stay at a decode step, after `fed` tokens in all."""
         limit = self.limits(fed)[0] if self.spec.growing else self.limit
@@ -172,18 +202,22 @@ class Selector:
         """What the merging rule is given."""
         return Job(view, scores, counts, index, self.memory, self.free(scores.shape[2]))
 
-    def settle(self, scores: torch.Tensor, limit: int) -> None:
+    def settle(self, scores: torch.Tensor | None, limit: int) -> None:
         """A choice is made: forget the queries, and remember what the next one needs of scores [B,K,N] of the kept.
         What was dealt out at the prompt's end goes on as a share, if budgets grow."""
         if self.spec.growing and not self.turn and limit != self.limits(self.prompt_length)[0]:
             self.budget = [limit / self.prompt_length] * len(self.budget)
         last = torch.cat(self.queries, dim=2)[:, :, -self.spec.history :] if self.spec.history else None
         end = self.first[-1] + self.queries[-1].shape[2]
+        self.logits = None
         self.queries = [] if last is None else [last.clone()]
         self.first = [] if last is None else [end - last.shape[2]]
         if self.spec.when != "prefill":
-            self.running, self.limit = scores.contiguous(), limit
+            self.limit = limit
             self.turn += 1
+            self.running = scores
+            if scores is not None:
+                self.running = scores.contiguous() if self.remembers and not self._idle else None
 
     def finish(self) -> None:
         """The prompt is in."""

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 
 import torch
 
+from kvtool.cache.coded import Coded
 from kvtool.cache.lane import Partial, Step
-from kvtool.cache.segments import Coded, Segment
+from kvtool.cache.segments import Segment
 
 
 class Shared:

@@ -18,9 +18,11 @@ from kvtool.cache.lane import Partial, Step
 
 
 def capped(scores: torch.Tensor, step: Step) -> torch.Tensor:
-    """Scores [B,K,G,U] as attention would scale them."""
+    """Scores [B,K,G,U] as attention would scale them; units that nothing belongs to stay at −inf."""
     scaled = step.scale * scores
-    return scaled if step.softcap is None else step.softcap * torch.tanh(scaled / step.softcap)
+    if step.softcap is None:
+        return scaled
+    return (step.softcap * torch.tanh(scaled / step.softcap)).masked_fill(scores == float("-inf"), float("-inf"))
 
 
 def mean(

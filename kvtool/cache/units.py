@@ -1,7 +1,9 @@
-"""The units of a bulk and what stands for them: pages, summarised as they come in, or clusters, made when first read.
+"""The units of a bulk and what stands for them: pages, summarised as they come in; runs, which grow as they come in; or
+clusters, made when first read.
 
 Clusters are made of everything that joined the bulk since the last step: of the whole prompt at the first decode step,
-however it was cut, and of each block after that.
+however it was cut, and of each block after that, unless a cut makes runs of what comes later. Runs have numbers (see
+`cuts.py`), which rows and heads reach at different times: a unit may be empty.
 
 Shapes: B batch, K KV heads of the lane, G query heads of each, S entries of the bulk, U units, C choosers per KV head
 (G if each query head chooses by itself, else 1); a choice is M of N elements: units if they are pages, else entries.
@@ -29,21 +31,25 @@ class Units:
     def __init__(self, spec: Read, given: Given):
         self.spec, self.given = spec, given
         self.rule = registry.module("cache/summaries", spec.summary, "summary")
-        if spec.form == "cluster" and not hasattr(self.rule, "pooled"):
-            raise InputError(f"the summary {spec.summary!r} cannot stand for a cluster", remedy="use mean or root-mean")
+        if spec.form != "page" and not hasattr(self.rule, "pooled"):
+            raise InputError(f"the summary {spec.summary!r} cannot stand for a {spec.form}",
+                             remedy="use mean or root-mean")  # fmt: skip
         if spec.tail == "estimate" and not self.rule.LOGIT:
             raise InputError(f"the summary {spec.summary!r} does not estimate a logit", remedy="use mean")
         self.grain = spec.unit if spec.form == "page" else 1  # entries that one element of a choice stands for
         self.parts: Parts = ()
         self.values: torch.Tensor | None = None  # mean values of units [B,K,U,D], for the tail "estimate"
         self.total: torch.Tensor | None = None  # sum of all values, fp32 [B,K,1,D], for the tail "mean"
-        self.labels: torch.Tensor | None = None  # clusters: the unit of each entry, int32 [B,K,S]
-        self.sizes: torch.Tensor | None = None  # clusters: entries of each unit, int32 [B,K,U]
+        self.labels: torch.Tensor | None = None  # clusters, runs: the unit of each entry, int32 [B,K,S]
+        self.sizes: torch.Tensor | None = None  # clusters, runs: entries of each unit, int32 [B,K,U]
+        self.means: torch.Tensor | None = None  # with a cut: mean keys of units [B,K,U,D], which `parts` are made from
+        self.made = 0  # clusters that were made before the first run
         self.agreement: torch.Tensor | None = None  # the least cosine of a unit's keys with their mean, fp32 [B,K,U]
         self.width = 0
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Entries k, v [B,K,S,D], S a multiple of the unit, are about to join the bulk."""
+    def append(self, k: torch.Tensor, v: torch.Tensor, runs: torch.Tensor | None = None) -> None:
+        """Entries k, v [B,K,S,D], S a multiple of the unit, are about to join the bulk; runs int32 [B,K,S] are their
+        numbers, where there is a cut."""
         self.width = k.shape[3]
         if self.given.table is not None and self.given.table.device != k.device:
             self.given = replace(self.given, table=self.given.table.to(k.device))
@@ -58,6 +64,19 @@ class Units:
             if self.spec.outliers:
                 cosine = torch.cosine_similarity(wide(keys), wide(keys).mean(3, keepdim=True), dim=-1)
                 self.agreement = _joined(self.agreement, cosine.amin(-1))
+        elif runs is not None and (self.spec.form == "run" or self.labels is not None):
+            self._grow(k, v, runs + self.made)
+
+    def _grow(self, k: torch.Tensor, v: torch.Tensor, labels: torch.Tensor) -> None:
+        """Entries join the runs labels int32 [B,K,S]."""
+        held = 0 if self.sizes is None else self.sizes.shape[2]
+        count = max(held, int(labels.max()) + 1)
+        old = labels.new_zeros(*labels.shape[:2], count) if self.sizes is None else _room(self.sizes, count)
+        self.sizes = old.scatter_add(2, labels.long(), torch.ones_like(labels))
+        self.means = _grown(self.means, old, k, labels, self.sizes)
+        if self.spec.tail == "estimate":
+            self.values = _grown(self.values, old, v, labels, self.sizes)
+        self.labels = _joined(self.labels, labels)
 
     def _extend(self, parts: Parts) -> None:
         old = self.parts or (None,) * len(parts)
@@ -66,21 +85,25 @@ class Units:
     def settle(self, bulk: Segment) -> None:
         """Cluster what joined the bulk since."""
         known = 0 if self.labels is None else self.labels.shape[2]
-        if self.spec.form == "page" or known == bulk.length:
+        if self.spec.form != "cluster" or known == bulk.length:
             return
         k, v = bulk.recall(known) if self.spec.tail == "estimate" else (bulk.keys(known), None)
         labels, sizes = clustered(k, self.spec.unit)
-        self._extend(self.rule.pooled(means(k, labels, sizes), sizes))
+        if self.spec.cut is None:
+            self._extend(self.rule.pooled(means(k, labels, sizes), sizes))
+        else:
+            self.means, self.made = means(k, labels, sizes), sizes.shape[2]
         if v is not None:
             self.values = _joined(self.values, means(v, labels, sizes))
         first = 0 if self.sizes is None else self.sizes.shape[2]
         self.labels, self.sizes = _joined(self.labels, labels + first), _joined(self.sizes, sizes)
 
     def scores(self, q: torch.Tensor, bulk: Segment) -> torch.Tensor:
-        """q [B,K,G,D] → [B,K,G,U]; −inf for clusters that nothing belongs to."""
+        """q [B,K,G,D] → [B,K,G,U]; −inf for units that nothing belongs to."""
         if hasattr(self.rule, "share"):
             return self.rule.score(q, (bulk.keys().unflatten(2, (-1, self.spec.unit)),), self.given)
-        scores = self.rule.score(q, self.parts, self.given)
+        parts = self.parts if self.means is None else self.rule.pooled(self.means, self.sizes)
+        scores = self.rule.score(q, parts, self.given)
         return scores if self.sizes is None else scores.masked_fill(self.sizes[:, :, None] == 0, float("-inf"))
 
     def elements(self, ranked: torch.Tensor) -> torch.Tensor:
@@ -91,7 +114,7 @@ class Units:
         """The choice [B,K,C,count] of largest scores ranked [B,K,C,N], the last first."""
         if self.spec.form == "page":
             index = ranked.topk(count, dim=-1).indices
-        else:  # entries of one cluster are tied, and the first ones go first
+        else:  # entries of one unit are tied, and the first ones go first
             index = ranked.argsort(dim=-1, descending=True, stable=True)[..., :count]
         return index.sort(-1, descending=True).values
 
@@ -121,7 +144,7 @@ class Units:
         """Bytes read to score every unit; keys that are read anyway cost nothing more."""
         if hasattr(self.rule, "share"):
             return 0 if whole else round(self.rule.share(self.given, self.width, group) * bulk.key_bytes())
-        return sum(part.nbytes for part in self.parts)
+        return sum(part.nbytes for part in self.parts) + (0 if self.means is None else self.means.nbytes)
 
     def tail_bytes(self) -> int:
         """Bytes of values that stand for what is not read."""
@@ -130,15 +153,32 @@ class Units:
 
     def buffers(self) -> Iterator[torch.Tensor]:
         yield from self.parts
-        for held in (self.values, self.total, self.labels, self.sizes, self.agreement):
+        for held in (self.means, self.values, self.total, self.labels, self.sizes, self.agreement):
             if held is not None:
                 yield held
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.parts = tuple(part[rows] for part in self.parts)
-        for name in ("values", "total", "labels", "sizes", "agreement"):
+        for name in ("means", "values", "total", "labels", "sizes", "agreement"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held[rows])
+
+
+def _room(held: torch.Tensor, count: int) -> torch.Tensor:
+    """held [B,K,U,...] with zeros up to `count` units."""
+    more = held.new_zeros(*held.shape[:2], count - held.shape[2], *held.shape[3:])
+    return torch.cat([held, more], 2) if more.shape[2] else held
+
+
+def _grown(
+    held: torch.Tensor | None, old: torch.Tensor, x: torch.Tensor, labels: torch.Tensor, sizes: torch.Tensor
+) -> torch.Tensor:
+    """Means held of units of the sizes old [B,K,U], after x [B,K,S,D] joined the units labels [B,K,S]."""
+    start = x.new_zeros(*sizes.shape, x.shape[3]) if held is None else _room(held, sizes.shape[2])
+    sums = wide(start) * old[..., None]
+    sums = sums.scatter_add(2, labels.long()[..., None].expand_as(x), x.to(sums.dtype))
+    mean = (sums / sizes[..., None].clamp_min(1)).to(start.dtype)
+    return torch.where((sizes > old)[..., None], mean, start)
 
 
 def _joined(held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:

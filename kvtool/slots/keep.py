@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -152,6 +152,8 @@ class Keep(Record):
     recent_ratio: the window is max(recent, recent_ratio · prompt length).
     position: "original", or "reindex" for positions counted inside the cache (StreamingLLM, section 3.2).
     select: scored eviction in the heads that the window leaves whole.
+    dropped: uint8 [L]; a layer of 1 attends to nothing, in prefill too, and holds nothing (LLM-Drop): what its
+        attention puts out is 0 before the output projection.
     """
 
     sink: torch.Tensor
@@ -160,6 +162,7 @@ class Keep(Record):
     recent_ratio: float = 0.0
     position: Literal["original", "reindex"] = "original"
     select: Select | None = None
+    dropped: torch.Tensor | None = None
 
     @classmethod
     def heads(cls, full: torch.Tensor, *, sink: int, recent: int, compensate: bool = False, **options: Any) -> Keep:
@@ -180,8 +183,20 @@ class Keep(Record):
         return self.recent == EVERYTHING
 
     @property
+    def gone(self) -> torch.Tensor:
+        """bool [L]: layers that are dropped."""
+        return torch.zeros(len(self.recent), dtype=torch.bool) if self.dropped is None else self.dropped.bool()
+
+    @property
     def lossless(self) -> bool:
-        return bool(self.full.all()) and (self.select is None or self.select.lossless)
+        return bool(self.full.all() & ~self.gone.any()) and (self.select is None or self.select.lossless)
+
+    def then(self, other: Keep) -> Keep | None:
+        """The layers that one of them drops, and what the other keeps in the rest; None if both do more than drop."""
+        for mine, theirs in ((self, other), (other, self)):
+            if replace(mine, dropped=None).lossless:
+                return replace(theirs, dropped=(mine.gone | theirs.gone).to(torch.uint8))
+        return None
 
     def ragged(self, layer: int) -> bool:
         """May the heads of this layer hold different entries?"""

@@ -17,17 +17,25 @@ class Read(Record):
     """Which entries a decode step touches: the best units of the bulk, besides sinks and recent entries.
 
     budget: fp32 [L]: entries of the bulk that are read, as a share of the bulk when ≤ 1, else a count.
-    unit, form: entries that are chosen together: `unit` consecutive ones ("page"; 1: tokens), or those of a k-means
-        cluster of keys, `unit` on average ("cluster"; the last one chosen is cut at the budget).
-    summary: what stands for a unit (see `cache/summaries/`); `table` is what it was calibrated with, [L,K,...], and
-        `rank` how many of its columns, or of the head's channels, it looks at (0: all).
+    unit, form: entries that are chosen together: `unit` consecutive ones ("page"; 1: tokens), those of a k-means
+        cluster of keys, `unit` on average ("cluster"), or those between two cuts, however many ("run"; `unit` of them
+        join the bulk at a time). The last cluster or run that is chosen ends where the budget does.
+    cut: where runs begin (see `cache/cuts.py`): after the "tokens" `ends` int32 [n]; or where "keys", or the "queries"
+        of decode steps, have a cosine below `apart` fp32 [L] with those before. Clusters with a cut are made once, and
+        what joins the bulk later are runs.
+    summary: what stands for a unit (see `cache/summaries/`); `table` is what it was calibrated with, [L,K,...], `rank`
+        how many of its columns, or of the head's channels, it looks at (0: all), and `bits` what it holds of each
+        number (0: all).
     sink, recent: entries that are always read, besides. outliers: so many units, too, per KV head: those whose keys
         agree least with their mean (ShadowKV, section 3).
+    query: what chooses: the step's "own" query, or the mean of those since the "run" began.
     heads: how the G query heads of a KV head agree on one choice: "max", "mean" or "sum" of their scores, made
         probabilities over units first if `softmax`; or "each" chooses by itself, and the union is read.
     period, jump: a choice is made anew after `period` steps (0: never for its age), and as soon as the cosine between
         the query and the one that chose, averaged over the heads that choose together, is below `jump`. Units that
         have joined the bulk since are read too.
+    renew, whole: with a cut, a choice is made anew where a run begins, too; and the first `whole` steps of a run read
+        everything.
     owner: int32 [L]: the layer whose scores a layer goes by, itself (the default) or an earlier one that goes by its
         own. A layer of budget 1 reads everything, and may be an owner.
     tail: what becomes of the entries that are not read. "drop"; "mean": the share of attention that the scores give
@@ -39,17 +47,24 @@ class Read(Record):
 
     budget: torch.Tensor
     unit: int = 16
-    form: Literal["page", "cluster"] = "page"
+    form: Literal["page", "cluster", "run"] = "page"
+    cut: Literal["tokens", "keys", "queries"] | None = None
+    ends: torch.Tensor | None = None
+    apart: torch.Tensor | None = None
     summary: str = "minmax"
     table: torch.Tensor | None = None
     rank: int = 0
+    bits: int = 0
     sink: int = 0
     recent: int = 0
     outliers: int = 0
+    query: Literal["own", "run"] = "own"
     heads: Literal["max", "mean", "sum", "each"] = "max"
     softmax: bool = False
     period: int = 1
     jump: float | None = None
+    renew: bool = False
+    whole: int = 0
     owner: torch.Tensor | None = None
     tail: Literal["drop", "mean", "estimate"] = "drop"
     estimated: float = 1.0
@@ -57,18 +72,35 @@ class Read(Record):
     slow: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.unit, self.page) < 1 or min(self.rank, self.outliers, self.period, self.sink, self.recent) < 0:
+        counts = (self.rank, self.bits, self.outliers, self.period, self.sink, self.recent, self.whole)
+        if min(self.unit, self.page) < 1 or min(counts) < 0:
             raise InputError("bad reading", got=self, expected="unit, page >= 1 and no negative count")
         if bool((self.budget <= 0).any()):
             raise InputError("bad budget", got=float(self.budget.min()), expected="more than 0")
         if self.outliers and self.form != "page":
             raise InputError("outliers are pages", got=f"units of the form {self.form!r}")
+        self._check_cut()
         if self.owner is not None:
             layers = torch.arange(len(self.budget))
             if bool((self.owner[self.owner.long()] != self.owner).any()) or bool((self.owner > layers).any()):
                 raise InputError(
                     "bad owners", got=self.owner.tolist(), expected="itself or an earlier layer that is its own owner"
                 )
+
+    def _check_cut(self) -> None:
+        if self.cut is None:
+            if self.form == "run" or self.renew or self.whole or self.query == "run":
+                raise InputError("runs need a cut", got=f"form {self.form!r} without one")
+            return
+        needed = "ends" if self.cut == "tokens" else "apart"
+        if getattr(self, needed) is None:
+            raise InputError(f"a cut by {self.cut} needs {needed!r}")
+        if self.owner is not None:
+            raise InputError("layers that go by the choice of another cannot have runs of their own")
+        if self.form != "page" and self.tail == "estimate" and self.estimated < 1:
+            raise InputError(
+                "runs are estimated all or not at all", got=f"estimated {self.estimated}", expected="estimated 1"
+            )
 
     @property
     def lossless(self) -> bool:

@@ -16,6 +16,7 @@ from kvtool.cache.runs import links, needed, runs, sole
 from kvtool.cache.scores import global_local
 from kvtool.cache.scores._base import View, probabilities
 from kvtool.slots import Select
+from tests.methods.merging import merged
 from tests.tolerance import close, same
 
 B, K, G, S, D = 2, 3, 2, 24, 8
@@ -38,10 +39,6 @@ def job(entries: View, kept: int, seed: int = 0, **memory) -> Job:
     scores = torch.rand(entries.k.shape[:3], generator=draw)
     index = torch.rand(entries.k.shape[:3], generator=draw).argsort(-1)[..., :kept].sort(-1).values
     return Job(entries, scores, torch.ones(entries.k.shape[:3]), index, memory)
-
-
-def merged(made: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return made.spec.rule("merge").merge(made)
 
 
 def cosine(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from kvtool.cache import segments
+from kvtool.cache import coded
+from kvtool.cache.coded import Coded
 from kvtool.cache.lane import Step
-from kvtool.cache.segments import GROWTH, Coded, Dense, Segment
+from kvtool.cache.segments import GROWTH, Dense, Segment
 from kvtool.encoding.codecs import Affine, Levels, Raw, Ternary
 from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.residuals import ErrorBasis, Outliers
@@ -132,8 +133,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return wrapped
 
-    monkeypatch.setattr(segments, "attend_packed", spy(ops.attend_packed, 1))
-    monkeypatch.setattr(segments, "attend", spy(ops.attend, -1))
+    monkeypatch.setattr(coded, "attend_packed", spy(ops.attend_packed, 1))
+    monkeypatch.setattr(coded, "attend", spy(ops.attend, -1))
     return made
 
 
@@ -171,7 +172,7 @@ def test_in_half_precision(name: str) -> None:
 @pytest.mark.parametrize("name", ["ternary", "before-rope", "residuals", "three-bits-rotated"])
 def test_block_by_block(name: str, block: int, monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
     """Where kernels cannot read; in whole blocks of the encoding, however many entries are decoded at a time."""
-    monkeypatch.setattr(segments, "BLOCK", block)
+    monkeypatch.setattr(coded, "BLOCK", block)
     held, _, _ = case("small", name, entries=72)
     q, step = query(held, 2)
     agree(held, q, dataclasses.replace(step, softcap=5.0))

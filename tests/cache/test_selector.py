@@ -17,6 +17,7 @@ from kvtool.cache.selector import Selector
 from kvtool.errors import InputError
 from kvtool.slots import Select
 from kvtool_kernels.ops import attend
+from tests.methods.merging import merged as written_out
 from tests.tolerance import close, same
 
 DRAW = torch.Generator().manual_seed(0)
@@ -57,7 +58,7 @@ def chosen(made: Selector, scores: torch.Tensor, count: int) -> torch.Tensor:
 def merged(k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor, index: torch.Tensor, options: Select):
     """Entries k, v and how many each stands for, after merging into those at index."""
     view = View(k, torch.arange(k.shape[2]), k, v, 1.0, None, options, 0, list(range(k.shape[1])))
-    return options.rule("merge").merge(Job(view, counts, counts, index))
+    return written_out(Job(view, counts, counts, index))
 
 
 def raw(q: torch.Tensor, k: torch.Tensor, **options) -> torch.Tensor:

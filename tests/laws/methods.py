@@ -99,9 +99,16 @@ def on(case: str, model: Model) -> tuple[Model, Plan]:
 
 
 def selects(case: str) -> bool:
-    """Is this case's cache thinned by a score at the end of the prompt, so that it matters where the prompt ends?"""
-    keep = tiny(case, "llama").keep
-    return keep is not None and keep.select is not None
+    """Is this case's cache thinned by a score at the end of the prompt, or an encoding fitted to it, so that it matters
+    where the prompt ends?"""
+    made = tiny(case, "llama")
+    thinned = made.keep is not None and made.keep.select is not None
+    return thinned or (made.store is not None and made.store.fits)
+
+
+def across(plan: Plan) -> bool:
+    """Are layers written as one? Then no chunk can see its own entries coded, nor a layer those of the next."""
+    return plan.store is not None and bool(plan.store.spans)
 
 
 def by_chunk(case: str) -> bool:
@@ -111,9 +118,10 @@ def by_chunk(case: str) -> bool:
 
 
 def known(case: str) -> bool:
-    """Does the entry-by-entry definition know every rule that this case names?"""
-    keep = tiny(case, "llama").keep
-    return keep is None or keep.select is None or defined(keep.select)
+    """Does the entry-by-entry definition know every rule that this case names, and nothing that depends on others?"""
+    made = tiny(case, "llama")
+    told = made.keep is None or made.keep.select is None or defined(made.keep.select)
+    return told and (made.store is None or (len(made.store.chain) == 1 and not made.store.fits))
 
 
 def looks_at_queries(case: str) -> bool:
@@ -125,7 +133,7 @@ def sees_channels(case: str) -> bool:
     """Does this case look at single channels of rotated keys, which change with the origin of positions?"""
     made = tiny(case, "llama")
     mixes = made.keep is not None and made.keep.select is not None and made.keep.select.merge == "convolution"
-    stores = made.store is not None and any(encoding.rotated for encoding in made.store.keys)
+    stores = made.store is not None and any(encoding.rotated for store in made.store.chain for encoding in store.keys)
     return made.slots["read"] or mixes or stores
 
 

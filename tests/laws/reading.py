@@ -17,9 +17,11 @@ Posts = dict[tuple[int, int, int], tuple[list[bool], list[list[float]] | None]]
 
 
 class Reading:
-    """`posts`: what all layers say to one another, by layer, head and row."""
+    """`posts`: what all layers say to one another, by layer, head and row. `tokens`: the ids of all rows."""
 
-    def __init__(self, plan: Plan, layer: int, head: int, scale: float, softcap: float | None, posts: Posts):
+    def __init__(
+        self, plan: Plan, layer: int, head: int, scale: float, softcap: float | None, posts: Posts, tokens: list[int]
+    ):
         read, store = plan.read, plan.store
         assert read is not None
         self.spec, self.layer, self.head, self.scale, self.softcap, self.posts = (
@@ -37,7 +39,10 @@ class Reading:
         self.owner = layer if read.owner is None else int(read.owner[layer])
         owners = [] if read.owner is None else read.owner.tolist()
         self.leads = any(o == layer != at and read.budget[at] != 1 for at, o in enumerate(owners))
+        self.runs = Runs(read, layer, tokens)
+        self.begun = False  # has a run begun since the last choice?
         self.units: list[list[int]] = []  # members, as places in the bulk
+        self.clusters = 0  # of which so many are clusters
         self.known = 0  # entries that are members of units
         self.choices: list[list[int]] | None = None
         self.ages: list[int] = []
@@ -47,6 +52,7 @@ class Reading:
     def row(self, row: int, seen: list[int], q: Any, raw: Any, held: Any, logits: Any, v: Any) -> tuple[Any, Any]:
         """q [G,D]; raw and held: keys and values [T,D] as they came and as attention sees them; logits [G,S] and
         v [S,D] of the entries seen → the same with −inf where nothing is read, and with the tail's columns."""
+        self.begun |= self.runs.step(row, q.double(), raw[0].double())
         moved = max(0, len(seen) - 1 - self.sink - self.recent) // self.block * self.block
         places = range(self.sink, self.sink + moved)
         if not moved or (self.budget == 1 and not self.leads):
@@ -62,7 +68,9 @@ class Reading:
             self.choices = None
             return logits, v
         q = q.double()
-        self._settle(keys)
+        self._settle(keys, bulk)
+        if self.spec.whole and len(self.runs.queries) <= self.spec.whole:
+            return logits, v
         scores = self._scores(keys, q) if self.spec.tail != "drop" else None
         due, ranked = self._ranking(row, keys, q, scores)
         fresh = range(self.seen, total)
@@ -104,8 +112,10 @@ class Reading:
                 extra.append(
                     [weight[u] + math.log(left[u]) if u in rest else float("-inf") for u in range(len(self.units))]
                 )
-                side = raw if self.spec.form == "page" else held
-                means = [side[unit].mean(0) if unit else torch.zeros_like(side[0]) for unit in self.units]
+                means = [
+                    (held if u < self.clusters else raw)[unit].mean(0) if unit else torch.zeros_like(raw[0])
+                    for u, unit in enumerate(self.units)
+                ]
         if scores is None:
             return out, v
         return torch.cat([out, torch.tensor(extra, dtype=out.dtype)], 1), torch.cat([v, torch.stack(means).to(v.dtype)])
@@ -124,8 +134,12 @@ class Reading:
                 cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(q, self.asked, strict=True)]
                 mean = cosines if choosers > 1 else [sum(cosines) / len(cosines)]
                 due = [d or c < self.spec.jump for d, c in zip(due, mean, strict=True)]
+            due = [d or (self.spec.renew and self.begun) for d in due]
         ranked = None
+        self.begun = False
         if any(due):
+            if self.spec.query == "run":
+                scores = self._scores(keys, torch.stack(self.runs.queries).mean(0))
             scores = self._scores(keys, q) if scores is None else scores
             units = self._reduced(scores)
             if self.spec.outliers:
@@ -133,7 +147,7 @@ class Reading:
                 for unit in sorted(range(len(agree)), key=agree.__getitem__)[: self.spec.outliers]:
                     units[:, unit] = float("inf")
             ranked = units.tolist()
-            if self.spec.form == "cluster":
+            if self.spec.form != "page":
                 owner = {at: u for u, unit in enumerate(self.units) for at in unit}
                 ranked = [[line[owner[at]] for at in range(len(owner))] for line in ranked]
             each = due if choosers > 1 else due * len(q)
@@ -143,8 +157,11 @@ class Reading:
 
     def _scores(self, keys, q) -> torch.Tensor:
         """[G,U]."""
-        side = keys[1] if self.spec.form == "cluster" or self.spec.summary == "keys" else keys[0]
-        lines = [[self._score(query, side[unit]) if unit else float("-inf") for unit in self.units] for query in q]
+        sides = [keys[1 if u < self.clusters or self.spec.summary == "keys" else 0] for u in range(len(self.units))]
+        lines = [
+            [self._score(query, k[unit]) if unit else float("-inf") for k, unit in zip(sides, self.units, strict=True)]
+            for query in q
+        ]
         return torch.tensor(lines, dtype=torch.float64)
 
     def _reduced(self, scores: torch.Tensor) -> torch.Tensor:
@@ -157,6 +174,8 @@ class Reading:
 
     def _capped(self, score: float) -> float:
         score = self.scale * score
+        if score == float("-inf"):  # nothing there
+            return score
         return score if self.softcap is None else self.softcap * math.tanh(score / self.softcap)
 
     def _score(self, q: torch.Tensor, k: torch.Tensor) -> float:
@@ -171,23 +190,81 @@ class Reading:
             return float((k[:, top] @ q[top]).max()) / math.sqrt(q[top].abs().sum() / q.abs().sum())
         if name == "channels":
             assert self.spec.table is not None
-            order = self.spec.table[self.layer, self.head, :rank].tolist()
-            return float((k[:, order] @ q[order]).max())
+            order = self.spec.table[self.layer, self.head, :rank].tolist() if rank else slice(None)
+            labels = k[:, order]
+            if self.spec.bits:
+                labels = torch.stack([_in_codes(label, 2**self.spec.bits - 1) for label in labels])
+            return float((labels @ q[order]).max())
         if name == "low-rank":
             assert self.spec.table is not None
             basis = self.spec.table[self.layer, self.head, :, :rank].double()
             return float((k @ basis @ (basis.T @ q)).max())
         return float((k @ q).max())
 
-    def _settle(self, keys) -> None:
+    def _settle(self, keys, bulk: list[int]) -> None:
+        """`bulk`: which of all entries stand where in it."""
         entries = len(keys[0])
         new = list(range(self.known, entries))
         self.known = entries
         if self.spec.form == "page":
             self.units += [new[at : at + self.spec.unit] for at in range(0, len(new), self.spec.unit)]
+        elif self.spec.form == "run" or (self.spec.cut and self.units):
+            for at in new:
+                number = self.clusters + self.runs.number(bulk[at])
+                self.units += [[] for _ in range(number + 1 - len(self.units))]
+                self.units[number].append(at)
         elif new:
             labels, count = _clusters(keys[1][new], self.spec.unit)
             self.units += [[at for at, label in zip(new, labels, strict=True) if label == c] for c in range(count)]
+            self.clusters = len(self.units)
+
+
+class Runs:
+    """Where runs begin, by a rule that looks at one entry and the one before it."""
+
+    def __init__(self, read, layer: int, tokens: list[int]):
+        self.spec, self.tokens = read, tokens
+        self.apart = 0.0 if read.apart is None else float(read.apart[layer])
+        self.begins: list[int] = []
+        self.looked = 0  # entries of which it is known whether they begin a run
+        self.last: torch.Tensor | None = None
+        self.queries: list[torch.Tensor] = []  # of the decode steps of the newest run
+
+    def step(self, row: int, q: torch.Tensor, keys: torch.Tensor) -> bool:
+        """A decode step with q [G,D]; row + 1 of keys [T,D] have come. Has a run begun since the last one?"""
+        begun = len(self.begins)
+        if self.spec.cut == "queries":
+            if self.last is not None and sum(map(_cosine, q, self.last)) / len(q) < self.apart:
+                self.begins.append(row)
+            self.last = q
+        elif self.spec.cut is not None:
+            self.begins += [at for at in range(max(1, self.looked), row + 1) if self._begins(at, keys)]
+            self.looked = row + 1
+        if len(self.begins) > begun:
+            self.queries = []
+        self.queries.append(q)
+        return len(self.begins) > begun
+
+    def _begins(self, at: int, keys: torch.Tensor) -> bool:
+        if self.spec.cut == "tokens":
+            return self.tokens[at - 1] in self.spec.ends.tolist()
+        return _cosine(keys[at], keys[at - 1]) < self.apart
+
+    def number(self, entry: int) -> int:
+        """Of the run that an entry belongs to."""
+        return sum(begin <= entry for begin in self.begins)
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(a @ b / a.norm() / b.norm())
+
+
+def _in_codes(x: torch.Tensor, largest: int) -> torch.Tensor:
+    """x [n] as it comes back from codes 0 … largest, with a scale and a zero in 16 bits."""
+    low = x.float().min().half().double()
+    scale = ((x.float().max() - x.float().min()) / largest).half().double()
+    codes = ((x.float().double() - low) / scale).clamp(0, largest).round()
+    return codes * scale + low
 
 
 def _least_cosine(k: torch.Tensor) -> float:

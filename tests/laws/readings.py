@@ -17,6 +17,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tokens": dict(unit=1, summary="mean", heads="each", page=4),
     "channels": dict(unit=1, summary="channels", rank=3),
     "channel-pages": dict(unit=2, summary="channels", rank=5, heads="sum"),
+    "codes": dict(unit=1, summary="channels", rank=8, bits=4),
+    "coded-pages": dict(unit=2, summary="channels", rank=8, bits=2, heads="each"),
     "low-rank": dict(unit=2, summary="low-rank", rank=4),
     "keys": dict(unit=2, summary="keys", heads="each"),
     "query-channels": dict(unit=1, summary="keys", rank=4, tail="mean", heads="each"),
@@ -34,6 +36,15 @@ CASES: dict[str, dict[str, Any]] = {
     "followed-tails": dict(owner=(0, 0, 0, 0), summary="mean", tail="estimate", jump=0.3, period=5),
     "followed-clusters": dict(owner=(0, 0, 2, 2), form="cluster", summary="mean", period=2),
     "slow": dict(slow=True, period=2),
+    "sentences": dict(unit=1, form="run", cut="tokens", summary="mean"),
+    "sentence-queries": dict(unit=2, form="run", cut="tokens", summary="mean", query="run", whole=2, heads="each"),
+    "sentence-ends": dict(unit=1, form="run", cut="tokens", summary="root-mean", period=0, renew=True),
+    "sentence-pages": dict(cut="tokens", period=0, renew=True, whole=1, slow=True),
+    "sentence-rest": dict(unit=1, form="run", cut="tokens", summary="mean", tail="mean", whole=1),
+    "alike": dict(unit=2, form="run", cut="keys", summary="mean", tail="estimate", period=3, renew=True),
+    "own-runs": dict(unit=1, form="run", cut="queries", summary="mean", query="run", whole=1, period=0, renew=True),
+    "segments": dict(form="cluster", cut="queries", summary="mean", heads="mean", softmax=True, period=0, renew=True),
+    "segment-tails": dict(unit=2, form="cluster", cut="queries", summary="mean", tail="estimate", renew=True, period=4),
     "counted": dict(share=(9.0, 6.0, 1.0, 1.0)),
 }
 
@@ -45,6 +56,10 @@ def reading(model: Model, name: str, share: float = 0.4, **slots: Any) -> Plan:
     shares = torch.tensor(options.pop("share", (share,) * 4))[: g.layers]
     if "owner" in options:
         options["owner"] = torch.tensor(options["owner"])[: g.layers].int()
+    if options.get("cut") == "tokens":
+        options["ends"] = torch.arange(0, 128, 5).int()
+    elif "cut" in options:
+        options["apart"] = torch.tensor([0.3, 0.1, 0.2, 0.3])[: g.layers]
     if options.get("summary") == "channels":
         noise = torch.rand(g.layers, g.kv_heads, g.head_dim, generator=draw)
         options["table"] = noise.argsort(-1).int()

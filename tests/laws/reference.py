@@ -32,6 +32,7 @@ class _Run:
     strict: bool
     prompt_length: int | None
     prompt: int  # the first row that is a decode step: what comes before it is the prompt
+    tokens: list[int]
     tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     posts: Posts = field(default_factory=dict)
 
@@ -55,7 +56,8 @@ def dense(
         start += [fed] * count
         alone += [count == 1 and fed > 0] * count
         fed += count
-    _run = _Run(plan, start, alone, strict, prompt_length, alone.index(True) if True in alone else len(alone))
+    prompt = alone.index(True) if True in alone else len(alone)
+    _run = _Run(plan, start, alone, strict, prompt_length, prompt, ids.tolist())
     try:
         with _served(model.network, _run), torch.no_grad():
             return model.network(input_ids=ids[None]).logits[0]
@@ -90,6 +92,8 @@ def _attention(  # noqa: C901 (the definition in one piece, to be read from top 
     window, softcap, sink_logits = kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")
     keep = run.plan.keep if run.plan is not None else None
     out = torch.empty_like(query)
+    if keep is not None and keep.dropped is not None and keep.dropped[layer]:
+        return out.zero_().transpose(1, 2).contiguous(), None
     selecting = _selecting(module, run, query, key, value, scale, softcap) if window is None else None
     chosen = selecting.chosen(run.prompt) if selecting is not None and run.prompt <= key.shape[2] else {}
     entries = _seen(run, selecting, key.shape[2])
@@ -106,7 +110,7 @@ def _attention(  # noqa: C901 (the definition in one piece, to be read from top 
         if window is not None:  # the model's own window allows no sinks, and nothing stands in for what leaves it
             sink, recent, compensate, everything = 0, window if everything else min(sink + recent, window), False, False
         reads = run.plan is not None and run.plan.read is not None and everything
-        reading = Reading(run.plan, layer, head, scale, softcap, run.posts) if reads else None
+        reading = Reading(run.plan, layer, head, scale, softcap, run.posts, run.tokens) if reads else None
         for row in range(query.shape[2]):
             # entries sink … first − 1 were dropped before this row; the row sees all others up to its own
             first = row - recent + 1 if run.strict or run.alone[row] else run.start[row] - recent

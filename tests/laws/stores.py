@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from kvtool.encoding.codecs import Affine, Levels, Raw, Ternary
+from kvtool.encoding.codecs import Affine, Delta, Levels, Polar, Raw, Sketched, Split, Ternary
+from kvtool.encoding.codecs.sketched import signs as sketch_signs
 from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.residuals import ErrorBasis, Outliers
 from kvtool.encoding.transforms import Gather, Hadamard, Join, Linear, Scale
@@ -30,7 +31,7 @@ def _pairs(kv_heads: int) -> dict[str, tuple[Encoding, Encoding]]:
     order = Gather(torch.stack([torch.randperm(8, generator=draw) for _ in range(kv_heads)]), of=8)
     kept = Gather(torch.stack([torch.randperm(8, generator=draw)[:6].sort().values for _ in range(kv_heads)]), of=8)
     signs, normal = torch.tensor([-1.0, 1.0]), torch.tensor([-1.51, -0.453, 0.453, 1.51])
-    table = torch.linspace(-1, 1, 8)
+    table, sketch = torch.linspace(-1, 1, 8), torch.randn(8, 16, generator=draw)
     fixed = Levels(table, 1, "channel", "fixed", torch.full((kv_heads, 8), 3.0), torch.zeros(kv_heads, 8))
     pairs = {
         "four-bits": (Encoding(PER_CHANNEL), Encoding(PER_TOKEN)),
@@ -50,6 +51,23 @@ def _pairs(kv_heads: int) -> dict[str, tuple[Encoding, Encoding]]:
             Encoding(Affine(2, 8, "channel"), (Hadamard(),), Outliers(2, "channel"), ErrorBasis(1, 8)),
         ),
         "eight-bit-floats": (Encoding(Raw("float8_e4m3fn")), Encoding(Raw("bfloat16"))),
+        "split": (
+            Encoding(Split((Affine(4, 4, "channel"), Ternary(4, "channel")), (4, 4)), (order,)),
+            Encoding(Split((Affine(2, 8, "token"), Levels(normal, 8, "token", "norm")), (2, 6)), (order,)),
+        ),
+        "differences": (
+            Encoding(Delta(Affine(8, 8, "channel"), Affine(3, 8, "channel"), 4)),
+            Encoding(Delta(PER_TOKEN, Affine(4, 8, "channel"), 8)),
+        ),
+        "polar": (Encoding(Polar(4, 4, 8)), Encoding(PER_TOKEN)),
+        "norms": (
+            Encoding(Levels(normal, 8, "channel", "norm", renormalise=True), (Hadamard(),)),
+            Encoding(Sketched(Levels(normal, 8, "channel", "norm"), sketch)),
+        ),
+        "sketch": (
+            Encoding(sketch_signs(16), (Linear(sketch[None], sketch.T[None] / 16),)),
+            Encoding(Levels(normal, 4, "channel", "norm")),
+        ),
     }
     if kv_heads % 2 == 0:
         mix = Linear(
@@ -79,5 +97,6 @@ def stored(model: Model, name: str, *, sink: int = 1, recent: int = 3, block: in
 
 
 NAMES = ["four-bits", "two-bits", "three-bits-rotated", "before-rope", "low-rank", "channels", "tables", "signs",
-         "ternary", "residuals", "eight-bit-floats", "mixed"]  # fmt: skip
+         "ternary", "residuals", "eight-bit-floats", "split", "differences", "polar", "norms", "sketch",
+         "mixed"]  # fmt: skip
 PAIRED = ["joined", "joined-direct"]  # where the number of KV heads is even

@@ -32,13 +32,13 @@ PROMPT, CHUNKS = 30, [30, *[1] * 10]
 SINK, RECENT, BLOCK, GROUP = 1, 3, 8, 8
 
 
-def store(model: Model, key: Encoding, value: Encoding, **options: int) -> Plan:
+def store(model: Model, key: Encoding, value: Encoding, span: int = 1, **options: int) -> Plan:
     g = model.geometry
-    layers = g.layers // options.get("span", 1) * options.get("span", 1)
-    index = torch.full((g.layers, g.kv_heads), RAW).int()
-    index[:layers] = 0
+    index, first = torch.full((g.layers, g.kv_heads), RAW).int(), torch.arange(g.layers).int()
+    whole = slice(g.layers // span * span)
+    index[whole], first[whole] = 0, first[whole] // span * span
     settings = {"sink": SINK, "recent": RECENT, "block": BLOCK} | options
-    return Plan("store", model.fingerprint, store=Store((key,), (value,), index, **settings))
+    return Plan("store", model.fingerprint, store=Store((key,), (value,), index, first=first, **settings))
 
 
 def bits(model: Model, count: int) -> Plan:
@@ -190,9 +190,9 @@ def test_the_bytes_are_the_product_of_the_parts(name: str) -> None:
             if keep is not None and keep.select is not None:
                 held = round(float(keep.select.budget[layer, head]) * PROMPT) + tokens - PROMPT
             coded = (held - SINK - RECENT) // BLOCK * BLOCK if int(made.store.index[layer, head]) != RAW else 0
-            expected += (held - coded) * 2 * 8 * 4 + coded_bytes(
-                name, coded, 1 if "layers" not in name else g.kv_heads
-            ) / (1 if "layers" not in name else g.kv_heads)
+            joined = any(layer in span for span in made.store.spans)
+            kind, heads = (name, g.kv_heads) if joined else (name.replace("across layers", "apart"), 1)
+            expected += (held - coded) * 2 * 8 * 4 + coded_bytes(kind, coded, heads) / heads
             slack += 2 * 2 * 64 * 8 * 4  # room to grow of the raw sinks and recent entries
     assert expected <= cache.nbytes <= expected + slack
 

@@ -9,6 +9,7 @@ import torch
 
 from kvtool.cache.bulk import Bulk
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.window import Window
 from kvtool.model import Model
 from tests import models
 from tests.laws.methods import TINY, places, ragged, tiny
@@ -60,7 +61,7 @@ def test_unused_room_is_never_read(case: str | None, llama: Model) -> None:
                     for segment in (lane.sinks, lane.recent):
                         if segment.k is not None and segment.v is not None:
                             segment.k[:, :, segment.length :] = segment.v[:, :, segment.length :] = float("nan")
-                else:
+                elif isinstance(lane, Window):
                     used = min(at, lane.sink + lane.recent)
                     lane.keys[:, :, used:] = lane.values[:, :, used:] = float("nan")
         with llama.served(), torch.no_grad():

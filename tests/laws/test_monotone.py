@@ -12,7 +12,7 @@ from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.window import Window
 from kvtool.model import Model
 from kvtool.plan import Plan
-from tests.laws.methods import ROWS, plan
+from tests.laws.methods import ROWS, across, plan
 from tests.models import repeated
 from tests.running import feed, own
 from tests.tolerance import TOLERANCE
@@ -24,7 +24,8 @@ SLACK = 1e-3  # nats; larger budgets may not be worse by more than this
 def divergence(model: Model, made: Plan, ids: torch.Tensor) -> float:
     """Mean KL divergence (nats) of the compressed run from the full one over the last copy, which is decoded."""
     prompt = ids.shape[1] - PERIOD
-    logits = feed(model, SegmentCache(model, made, protocol="strict"), ids, [prompt, *[1] * PERIOD])[:, prompt:]
+    cache = SegmentCache(model, made, protocol="official" if across(made) else "strict")
+    logits = feed(model, cache, ids, [prompt, *[1] * PERIOD])[:, prompt:]
     full = own(model, ids)[:, prompt:].log_softmax(-1)
     return float((full.exp() * (full - logits.log_softmax(-1))).sum(-1).mean())
 

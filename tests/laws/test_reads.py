@@ -30,7 +30,7 @@ from tests.tolerance import close, error, same
 IDS = random_ids(1, 32, seed=2)
 CHUNKS = [13, 6, *[1] * 6, 2, *[1] * 5]
 PLACES = [("llama", name) for name in CASES]
-PLACES += [(model, name) for model in ("gemma2", "gemma3", "gpt-neox") for name in ("wave", "own-jumps")]
+PLACES += [(model, name) for model in ("gemma2", "gemma3", "gpt-neox") for name in ("wave", "own-jumps", "segments")]
 EACH = pytest.mark.parametrize(("architecture", "name"), PLACES)
 
 
@@ -98,7 +98,8 @@ def test_rows_can_be_selected_and_repeated(name: str) -> None:
 
 @pytest.mark.parametrize("store", ["two-bits", "before-rope", "joined", "mixed"])
 @pytest.mark.parametrize(
-    ("name", "unit"), [("minmax", 4), ("minmax", 8), ("own-jumps", 8), ("wave", 8), ("followed", 8), ("slow", 8)]
+    ("name", "unit"),
+    [("minmax", 4), ("minmax", 8), ("own-jumps", 8), ("wave", 8), ("followed", 8), ("slow", 8), ("segments", 4)],
 )
 def test_a_coded_bulk(name: str, unit: int, store: str) -> None:
     """Summaries are of entries as they came; what is read is what the store gives back, by whole blocks or not."""
@@ -110,7 +111,7 @@ def test_a_coded_bulk(name: str, unit: int, store: str) -> None:
     close(fed(model, made, IDS, CHUNKS)[0], expected, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["minmax", "tokens", "own-jumps", "wave", "rest"])
+@pytest.mark.parametrize("name", ["minmax", "tokens", "own-jumps", "wave", "rest", "sentences", "alike", "segments"])
 def test_what_a_window_or_a_selection_leaves(name: str) -> None:
     model = models.double("llama")
     nothing = torch.zeros(3, 2)
@@ -131,7 +132,7 @@ def test_the_allocator_follows(name: str) -> None:
     assert all(buffer.untyped_storage().nbytes() == buffer.nbytes for buffer in held)
 
 
-@pytest.mark.parametrize("name", ["channels", "low-rank", "followed", "own-jumps"])
+@pytest.mark.parametrize("name", ["channels", "low-rank", "followed", "own-jumps", "sentences", "segments"])
 def test_round_trip(name: str, tmp_path) -> None:
     model = models.shared("llama")
     made = reading(model, name)

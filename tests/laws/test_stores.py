@@ -13,8 +13,8 @@ import torch
 
 from kvtool import plan as plans
 from kvtool.cache.bulk import Bulk
+from kvtool.cache.coded import Coded
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.segments import Coded
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan

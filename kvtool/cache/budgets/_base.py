@@ -43,6 +43,14 @@ class Ballot:
         return self.entries - len(range(*self.free.indices(self.entries)))
 
 
+def by_layer(ballots: list[Ballot]) -> dict[int, list[Ballot]]:
+    """The lanes of each layer."""
+    layers: dict[int, list[Ballot]] = {}
+    for ballot in ballots:
+        layers.setdefault(ballot.view.layer, []).append(ballot)
+    return layers
+
+
 def pooled(ballots: list[Ballot]) -> Limits:
     """All heads of all ballots, of one row, share the sum of their budgets by score."""
     scores = torch.cat([ballot.scores[0, :, ballot.free] for ballot in ballots])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.budgets._base import Ballot, Limits
+from kvtool.cache.budgets._base import Ballot, Limits, by_layer
 
 LEVEL = "model"
 APART = False
@@ -22,14 +22,13 @@ LEAST = 0.01  # share of the prompt
 
 
 def deal(ballots: list[Ballot]) -> Limits:
-    layers = sorted({ballot.view.layer for ballot in ballots})
-    found = []
-    for layer in layers:
-        paid = torch.cat([ballot.view.paid[0] for ballot in ballots if ballot.view.layer == layer])
+    layers, found = by_layer(ballots), []
+    for group in layers.values():
+        paid = torch.cat([ballot.view.paid[0] for ballot in group])
         found.append(density(paid.double().var(-1, correction=min(1, paid.shape[-1] - 1))))
     weights = torch.softmax(-torch.stack(found), 0) * len(layers)
-    by_layer = dict(zip(layers, weights.tolist(), strict=True))
-    return [[_limit(by_layer[b.view.layer], limit, b.entries) for limit in b.limits] for b in ballots]
+    dealt = dict(zip(layers, weights.tolist(), strict=True))
+    return [[_limit(dealt[b.view.layer], limit, b.entries) for limit in b.limits] for b in ballots]
 
 
 def density(variances: torch.Tensor) -> torch.Tensor:

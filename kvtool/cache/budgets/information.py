@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.budgets._base import Ballot, Limits
+from kvtool.cache.budgets._base import Ballot, Limits, by_layer
 
 LEVEL = "model"
 APART = False
@@ -23,9 +23,7 @@ HALVINGS = 60  # beyond the last bit of p
 
 
 def deal(ballots: list[Ballot]) -> Limits:
-    layers: dict[int, list[Ballot]] = {}
-    for ballot in ballots:
-        layers.setdefault(ballot.view.layer, []).append(ballot)
+    layers = by_layer(ballots)
     own = {layer: _mean([limit for b in group for limit in b.limits]) for layer, group in layers.items()}
     entries, fixed = ballots[0].entries, ballots[0].fixed
     if sum(own.values()) >= entries * len(layers):

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from kvtool.cache.budgets._base import Ballot, Limits
+from kvtool.cache.budgets._base import Ballot, Limits, by_layer
 from kvtool.cache.scores._base import probabilities
 
 LEVEL = "model"
@@ -25,9 +25,7 @@ TINY = 1e-10  # ε: nothing is attended to so little that its logarithm matters
 
 
 def deal(ballots: list[Ballot]) -> Limits:
-    layers: dict[int, list[Ballot]] = {}
-    for ballot in ballots:
-        layers.setdefault(ballot.view.layer, []).append(ballot)
+    layers = by_layer(ballots)
     own = [_own(group) for group in layers.values()]
     cap = ballots[0].entries - ballots[0].fixed
     if sum(own) >= cap * len(layers):

@@ -1,7 +1,8 @@
 """Evicted entries live on in kept ones: assignment, threshold, weights.
 
-A rule is a file with `merge(job) -> Merged`. Those that average entries into kept ones assign every entry to a kept
-one and leave the rest to `joined`:
+A rule is a file with `merge(job)`, which gives what stays (`Merged`), or what of it changes (`Changed`), or None if
+nothing does; and with `SCORES = True` if it looks at scores. Those that average entries into kept ones assign every
+entry to a kept one and leave the rest to `joined`:
 
     e joins its owner u(e) if cos(k_e, k_u(e)) ≥ threshold
     x_u ← (n_u x_u + Σ_e w_e n_e x_e) / (n_u + Σ_e w_e n_e)   for keys and values;   n_u ← n_u + Σ_e n_e
@@ -15,12 +16,14 @@ one and leave the rest to `joined`:
 n counts entries where the plan asks for it, and is 1 elsewhere. What does not join is gone. Keys are as attention sees
 them: rotated, each for its own place.
 
-Shapes: k, v [B,K,S,D]; index int64 [B,K,N] the kept ones, in order; counts fp32 [B,K,S].
+Shapes: k, v [B,K,S,D]; index int64 [B,K,N] the kept ones and gone int64 [B,K,E] the others, in order; counts fp32
+[B,K,S].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -29,7 +32,19 @@ from kvtool.slots import Select
 from kvtool_kernels.precision import wide
 
 BLOCK = 512  # entries that are compared with all kept ones at a time
+FEW = 16  # entries that leave at once, as they do at decode steps: what stays is then not copied
 Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Of the N kept entries those at places int64 [B,K,E] become k, v [B,K,E,D], one place twice being the same twice;
+    counts [B,K,N] are those of all."""
+
+    places: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    counts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -51,58 +66,79 @@ class Job:
     def spec(self) -> Select:
         return self.view.spec
 
+    @cached_property
+    def gone(self) -> torch.Tensor:
+        """int64 [B,K,E]: the entries that do not stay."""
+        count = self.scores.shape[2] - self.index.shape[2]
+        return dropped(self).nonzero()[:, 2].reshape(*self.index.shape[:2], count)
 
-def joined(job: Job, best: torch.Tensor, owner: torch.Tensor, passing: torch.Tensor | None = None) -> Merged:
-    """k, v [B,K,N,D] of the kept entries after merging, and how many entries each stands for, [B,K,N].
 
-    owner int64 [B,K,S]: every entry's kept one, as a place in index; best [B,K,S]: the cosine of their keys. passing
-    bool [B,K,S]: which may join, instead of those whose cosine reaches the threshold.
+def joined(job: Job, best: torch.Tensor, owner: torch.Tensor, passing: torch.Tensor | None = None) -> Merged | Changed:
+    """What stays, after merging.
+
+    owner int64 [B,K,E]: the kept one of each that is gone, as a place in index; best [B,K,E]: the cosine of their keys.
+    passing bool [B,K,E]: which may join, instead of those whose cosine reaches the threshold.
     """
     spec, index = job.spec, job.index
-    keys, kept = wide(job.view.k), at(wide(job.view.k), index)
-    left = dropped(job)
     if passing is None:
-        least: torch.Tensor | float = 0.0 if spec.threshold is None else spec.threshold
-        if spec.threshold is None:
-            least = best[left].unflatten(0, (*best.shape[:2], -1)).mean(-1, keepdim=True)
+        least = best.mean(-1, keepdim=True) if spec.threshold is None else spec.threshold
         passing = best >= least
-    joining = (left & passing).to(keys.dtype) * job.counts.to(keys.dtype)
-    own = at(job.counts[..., None].to(keys.dtype), index)[..., 0]
+    joining = passing.to(best.dtype) * job.counts.gather(2, job.gone).to(best.dtype)
+    own = job.counts.gather(2, index).to(best.dtype)
     total = own.scatter_add(2, owner, joining)
     weight = joining
     if spec.weigh == "cosine":
         weight = joining * best
     elif spec.weigh == "gaussian":
-        square = (keys - at(kept, owner)).square().sum(-1)
+        square = (wide(at(job.view.k, job.gone)) - wide(at(job.view.k, index.gather(2, owner)))).square().sum(-1)
         distance = torch.zeros_like(own).scatter_add(2, owner, joining * square.sqrt()) / (total - own).clamp_min(1)
         sigma = distance.gather(2, owner)
         weight = joining * torch.where(sigma > 0, torch.exp(-square / (2 * sigma.square()).clamp_min(1e-30)), 1.0)
     divisor = total if spec.weigh == "cosine" else own.scatter_add(2, owner, weight)
-    k, v = (averaged(x, index, owner, own, weight, divisor) for x in (job.view.k, job.view.v))
+    if owner.shape[2] <= FEW:
+        k, v = (_met(x, job, owner, own, weight, divisor) for x in (job.view.k, job.view.v))
+        return Changed(owner, k, v, total.float())
+    k, v = (averaged(x, job.gone, index, owner, own, weight, divisor) for x in (job.view.k, job.view.v))
     return k, v, total.float()
 
 
 def dropped(job: Job) -> torch.Tensor:
     """bool [B,K,S]: the entries that do not stay."""
-    return torch.ones_like(job.scores, dtype=torch.bool).scatter(2, job.index, False)
+    return torch.ones(job.scores.shape, dtype=torch.bool, device=job.index.device).scatter(2, job.index, False)
 
 
 def averaged(
-    x: torch.Tensor, index: torch.Tensor, owner: torch.Tensor, own: torch.Tensor, weight: torch.Tensor,
-    divisor: torch.Tensor,
+    x: torch.Tensor, source: torch.Tensor, index: torch.Tensor, owner: torch.Tensor, own: torch.Tensor,
+    weight: torch.Tensor, divisor: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """(own · kept x + Σ weight · x of those that join) / divisor: x [B,K,S,D] → [B,K,N,D]; own, divisor [B,K,N]."""
+    """(own · kept x + Σ weight · x of those that join) / divisor: x [B,K,S,D] → [B,K,N,D]; own and divisor [B,K,N];
+    source, owner and weight [B,K,E] of those that may join."""
     target = owner[..., None].expand(-1, -1, -1, x.shape[-1])
-    summed = (own[..., None] * at(wide(x), index)).scatter_add(2, target, weight[..., None] * wide(x))
+    summed = (own[..., None] * at(wide(x), index)).scatter_add(2, target, weight[..., None] * wide(at(x, source)))
     return (summed / divisor[..., None]).to(x.dtype)
 
 
-def cosines(keys: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept entry whose key has the largest cosine with each entry's, as a place in index, int64 [B,K,S], and that
-    cosine [B,K,S] (in this order: cosine, place)."""
-    unit = torch.nn.functional.normalize(wide(keys), dim=-1)
-    kept = at(unit, index).mT
-    found = [(unit[:, :, low : low + BLOCK] @ kept).max(-1) for low in range(0, keys.shape[2], BLOCK)]
+def _met(
+    x: torch.Tensor, job: Job, owner: torch.Tensor, own: torch.Tensor, weight: torch.Tensor, divisor: torch.Tensor
+) -> torch.Tensor:
+    """`averaged` at the owners alone, [B,K,E,D]."""
+    alike = (owner[..., None] == owner[..., None, :]).to(weight.dtype) * weight[..., None, :]
+    summed = own.gather(2, owner)[..., None] * wide(at(x, job.index.gather(2, owner))) + alike @ wide(at(x, job.gone))
+    return (summed / divisor.gather(2, owner)[..., None]).to(x.dtype)
+
+
+def cosines(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept entry whose key has the largest cosine with that of each that is gone, as a place in index, int64
+    [B,K,E], and that cosine [B,K,E] (in this order: cosine, place)."""
+    unit = torch.nn.functional.normalize(wide(at(job.view.k, job.gone)), dim=-1)
+    if job.gone.shape[2] <= FEW:
+        keys = wide(job.view.k)
+        likeness = unit @ keys.mT / keys.norm(dim=-1)[:, :, None].clamp_min(1e-12)
+        gone = job.gone[:, :, None].expand(-1, -1, unit.shape[2], -1)
+        best, place = likeness.scatter_(3, gone, float("-inf")).max(-1)
+        return best, torch.searchsorted(job.index.contiguous(), place)
+    kept = torch.nn.functional.normalize(wide(at(job.view.k, job.index)), dim=-1).mT
+    found = [(unit[:, :, low : low + BLOCK] @ kept).max(-1) for low in range(0, unit.shape[2], BLOCK)]
     return torch.cat([best for best, _ in found], 2), torch.cat([owner for _, owner in found], 2)
 
 

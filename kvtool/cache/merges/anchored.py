@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.merges import drop
 from kvtool.cache.merges._base import Job, Merged, at, averaged, dropped
 from kvtool_kernels.precision import wide
 
 
-def merge(job: Job) -> Merged:
+def merge(job: Job) -> Merged | None:
     if job.view.turn:
-        return drop.merge(job)
+        return None
     gone, held = dropped(job), job.scores.shape[2]
     anchors = ~gone
     anchors[..., : job.spec.sink] = anchors[..., held - max(1, int(job.spec.recent)) :] = False
     shift = int(job.spec.settings.get("shift", 0))
     source = torch.nn.functional.pad(gone[..., shift:], (0, shift)) & anchors.any(-1, keepdim=True)
     owner = (~gone).cumsum(-1).sub(1).clamp_min(0).gather(2, nearest(anchors))
+    every = torch.arange(held, device=gone.device).expand_as(gone)
     dtype = wide(job.view.k).dtype
     own, weight = at(job.counts[..., None], job.index)[..., 0].to(dtype), source.to(dtype) * job.counts.to(dtype)
     total = own.scatter_add(2, owner, weight)
-    k, v = (averaged(x, job.index, owner, own, weight, total) for x in (job.view.k, job.view.v))
+    k, v = (averaged(x, every, job.index, owner, own, weight, total) for x in (job.view.k, job.view.v))
     return k, v, total.float()
 
 

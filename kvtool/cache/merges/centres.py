@@ -12,29 +12,28 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.merges._base import Job, Merged, at, averaged, cosines, dropped
+from kvtool.cache.merges._base import Job, Merged, at, averaged, cosines
 from kvtool_kernels.precision import wide
+
+SCORES = True
 
 
 def merge(job: Job) -> Merged:
-    best, owner = cosines(job.view.k, job.index)
-    keys, spec, kept = wide(job.view.k), job.spec, job.index.shape[2]
-    scores = job.scores.to(keys.dtype).clamp_min(1e-30) * job.counts.to(keys.dtype)
+    best, owner = cosines(job)
+    spec, kept = job.spec, job.index.shape[2]
+    scores = job.scores.to(best.dtype).clamp_min(1e-30) * job.counts.to(best.dtype)
     threshold = -2.0 if spec.threshold is None else spec.threshold
-    joining = dropped(job) & (best >= threshold)
-    weight = scores * (joining & candidates(job, round(float(spec.settings["candidates"]) * kept)))
-    own = at(scores[..., None], job.index)[..., 0]
-    k, v = (
-        averaged(x, job.index, owner, own, weight, own.scatter_add(2, owner, weight)) for x in (job.view.k, job.view.v)
-    )
+    joining = (best >= threshold) & candidates(job, round(float(spec.settings["candidates"]) * kept))
+    weight, own = scores.gather(2, job.gone) * joining, scores.gather(2, job.index)
+    divisor = own.scatter_add(2, owner, weight)
+    k, v = (averaged(x, job.gone, job.index, owner, own, weight, divisor) for x in (job.view.k, job.view.v))
     before, after = (wide(x).norm(dim=-1, keepdim=True) for x in (at(job.view.k, job.index), k))
-    number = at(job.counts[..., None], job.index)[..., 0].float()
-    total = number.scatter_add(2, owner, (weight > 0) * job.counts.float())
+    number = job.counts.gather(2, job.index).float()
+    total = number.scatter_add(2, owner, (weight > 0) * job.counts.gather(2, job.gone).float())
     return torch.where((total > number)[..., None], wide(k) * before / after.clamp_min(1e-30), wide(k)).to(k), v, total
 
 
 def candidates(job: Job, most: int) -> torch.Tensor:
-    """bool [B,K,S]: the so many best of those that are dropped."""
-    gone = dropped(job)
-    ranked = job.scores.masked_fill(~gone, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(gone).scatter(2, ranked[..., :most], True) & gone
+    """bool [B,K,E]: the so many best of those that are gone."""
+    ranked = job.scores.gather(2, job.gone).argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(job.gone, dtype=torch.bool).scatter(2, ranked[..., :most], True)

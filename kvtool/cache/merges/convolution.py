@@ -19,6 +19,7 @@ from kvtool.cache.merges._base import Job, Merged, at
 from kvtool_kernels.precision import wide
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+SCORES = True
 Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of one layer: convolution, bias, share
 
 

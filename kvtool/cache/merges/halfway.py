@@ -7,16 +7,15 @@ So half of what joins is the kept entry itself. An entry that stands for n count
 
 from __future__ import annotations
 
-from kvtool.cache.merges._base import Job, Merged, at, averaged, cosines, dropped
+from kvtool.cache.merges._base import Job, Merged, averaged, cosines
 from kvtool_kernels.precision import wide
 
 
 def merge(job: Job) -> Merged:
-    _, owner = cosines(job.view.k, job.index)
+    _, owner = cosines(job)
     dtype = wide(job.view.k).dtype
-    joining = dropped(job).to(dtype) * job.counts.to(dtype)
-    own = at(job.counts[..., None], job.index)[..., 0].to(dtype)
+    joining, own = (job.counts.gather(2, at).to(dtype) for at in (job.gone, job.index))
     total = own.scatter_add(2, owner, joining)
     kept = (own + total) / 2  # own, and half of what joins
-    k, v = (averaged(x, job.index, owner, kept, joining / 2, total) for x in (job.view.k, job.view.v))
+    k, v = (averaged(x, job.gone, job.index, owner, kept, joining / 2, total) for x in (job.view.k, job.view.v))
     return k, v, total.float()

@@ -10,21 +10,18 @@ told; τ is the lane's. `Select.weigh` is "cosine" in D2O.
 
 from __future__ import annotations
 
-import torch
-
-from kvtool.cache.merges._base import Job, Merged, cosines, dropped, joined
+from kvtool.cache.merges._base import Changed, Job, Merged, cosines, joined
 
 ROUNDING = 1e-6  # of cosines: equal ones all pass
 
 
-def merge(job: Job) -> Merged:
-    best, owner = cosines(job.view.k, job.index)
-    gone = dropped(job)
-    likeness = best[gone].reshape(*best.shape[:2], -1).double()  # [B,K,E]
+def merge(job: Job) -> Merged | Changed:
+    best, owner = cosines(job)
+    likeness = best.double()
     threshold, settings = likeness.mean((1, 2), keepdim=True), job.spec.settings
     if "threshold" in job.memory:
         old = job.memory["threshold"]
         threshold = settings.get("alpha", 0.5) * old + settings.get("beta", 0.5) * threshold
     job.memory["threshold"] = threshold
     together = (likeness.mean(1, keepdim=True) >= threshold - ROUNDING).expand_as(likeness)
-    return joined(job, best, owner, torch.zeros_like(gone).masked_scatter(gone, together))
+    return joined(job, best, owner, together)

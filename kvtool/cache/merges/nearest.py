@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvtool.cache.merges._base import Job, Merged, cosines, joined
+from kvtool.cache.merges._base import Changed, Job, Merged, cosines, joined
 
 
-def merge(job: Job) -> Merged:
-    best, owner = cosines(job.view.k, job.index)
+def merge(job: Job) -> Merged | Changed:
+    best, owner = cosines(job)
     return joined(job, best, owner)

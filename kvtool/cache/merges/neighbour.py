@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.merges._base import Job, Merged, at, joined
+from kvtool.cache.merges._base import Changed, Job, Merged, at, joined
 from kvtool_kernels.precision import wide
 
 
-def merge(job: Job) -> Merged:
-    keys, kept = wide(job.view.k), job.index.shape[2]
-    places = torch.arange(keys.shape[2], device=keys.device)
-    after = torch.searchsorted(job.index.contiguous(), places.expand(*job.index.shape[:2], -1).contiguous()).clamp_max(
-        kept - 1
-    )
+def merge(job: Job) -> Merged | Changed:
+    kept, places = job.index.shape[2], job.gone
+    after = torch.searchsorted(job.index.contiguous(), places).clamp_max(kept - 1)
     before = (after - 1).clamp_min(0)
     behind, ahead = (job.index.gather(2, side) for side in (before, after))
     owner = torch.where((places - behind).abs() <= (ahead - places).abs(), before, after)
-    unit = torch.nn.functional.normalize(keys, dim=-1)
-    return joined(job, (unit * at(at(unit, job.index), owner)).sum(-1), owner)
+    left, kept_key = (wide(at(job.view.k, place)) for place in (places, job.index.gather(2, owner)))
+    return joined(job, torch.nn.functional.cosine_similarity(left, kept_key, dim=-1), owner)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.merges._base import Job, Merged, joined
+from kvtool.cache.merges._base import Changed, Job, Merged, joined
 
 
-def merge(job: Job) -> Merged:
-    owner = job.memory.pop("run")
+def merge(job: Job) -> Merged | Changed:
+    owner = job.memory.pop("run").gather(2, job.gone)
     return joined(job, torch.ones_like(owner, dtype=job.view.k.dtype), owner, torch.ones_like(owner, dtype=torch.bool))

@@ -13,6 +13,7 @@ from kvtool.cache.picks import _base
 from kvtool.cache.picks._base import Choice
 
 RAGGED = False
+BLIND = True
 
 
 def pick(choice: Choice) -> torch.Tensor:

@@ -15,6 +15,7 @@ from kvtool.cache.picks import distance
 from kvtool.cache.picks._base import Choice
 
 RAGGED = False
+BLIND = True
 
 
 def pick(choice: Choice) -> torch.Tensor:

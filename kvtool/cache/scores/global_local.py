@@ -27,7 +27,7 @@ def score(view: View) -> torch.Tensor:
     assert isinstance(everywhere, torch.Tensor)
     assert isinstance(lately, torch.Tensor)
     columns = torch.arange(view.k.shape[2], device=view.k.device)
-    seen = (view.rows[:, None] >= columns).sum(0).clamp_min(1)
+    seen = (len(view.rows) - torch.searchsorted(view.rows, columns)).clamp_min(1)
     before = slice(0, int(newest[0]) + 1)
     local, overall = (x / x[..., before].mean(-1, keepdim=True).clamp_min(1e-30) for x in (lately, everywhere / seen))
     return local + overall

@@ -3,23 +3,45 @@
     s_j = reduce_i softmax_j((scale · q_i · k_j + ζ_ij) / τ),   ζ ~ Gumbel(0, 1)      (Keyformer: arXiv 2403.09054)
 
 τ is `Select.temperature` for the prompt and `Select.warming` more at every step. Noise differs by layer, KV head and
-step, and is the same for every row of a batch. [B,H,S] fp32.
+step, and is the same for every row of a batch. A draw for each i and j would cost more than attention does: there is
+one table of draws, which every block of queries reads from a place that is drawn anew, its rows at even distances. So
+an entry meets other draws in every row, and only distant entries of different rows may share one. [B,H,S] fp32.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from kvtool.cache.scores._base import View, probabilities, reduced
+from kvtool.cache.scores._base import Noise, View, paid
 
 SEES = "queries"
+DRAWS = 2**21  # of the table, for rows of up to a quarter of that
 
 
 def score(view: View) -> torch.Tensor:
-    draws = view.draws()
+    return paid(view, noise)
 
-    def noise(shape: torch.Size) -> torch.Tensor:
-        each = [torch.empty(view.group, *shape[2:]).exponential_(generator=draw) for draw in draws]
-        return -torch.cat(each).log()
 
-    return reduced(view, (p for _, p in probabilities(view, noise)))
+def noise(view: View) -> Noise:
+    """The noise of the view's heads, block by block."""
+    draws, table = view.draws(), gumbel(view.spec.seed, max(DRAWS, 4 * view.k.shape[2]))
+
+    def block(shape: torch.Size) -> torch.Tensor:
+        rows, entries = shape[2:]
+        start = len(table) // 2
+        apart = (len(table) - start - entries) // (view.group * rows)
+        each = [
+            table.as_strided((view.group, rows, entries), (rows * apart, apart, 1), int(first))
+            for first in (torch.randint(start, (), generator=draw) for draw in draws)
+        ]
+        return each[0] if len(each) == 1 else torch.cat(each)
+
+    return block
+
+
+@lru_cache(maxsize=1)
+def gumbel(seed: int, count: int) -> torch.Tensor:
+    """So many draws, fp32 [count]."""
+    return -torch.empty(count).exponential_(generator=torch.Generator().manual_seed(seed)).log_()

@@ -24,7 +24,7 @@ def score(view: View) -> torch.Tensor:
         few = max(1, round(settings["long_share"] * entries))
         view = replace(view, q=view.q[:, :, -few:], rows=view.rows[-few:])
     if not settings["scaled"]:
-        view = replace(view, scale=1.0)
+        view = replace(view, scale=1.0, logits=None)
     if not settings["causal"]:
         view = replace(view, rows=torch.full_like(view.rows, entries - 1))
     best = reduced(view, (p.mean(1, keepdim=True) for _, p in visible(view))).expand(-1, view.k.shape[1], -1)

@@ -21,10 +21,11 @@ Parts = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Given:
-    """Of a plan, for the KV heads of a lane: `table` [K,...] and `rank`, as in `Read`."""
+    """Of a plan, for the KV heads of a lane: `table` [K,...], `rank` and `bits`, as in `Read`."""
 
     table: torch.Tensor | None = None
     rank: int = 0
+    bits: int = 0
 
 
 def best(q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

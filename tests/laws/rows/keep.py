@@ -198,6 +198,11 @@ ROWS = {
         lossless=(dict(full=1.0, answered=0), dict(full=0.0, recent=900, answered=0)),
         ladder=tuple(dict(full=share, sink=1, recent=4) for share in (0.0, 0.125, 0.5, 1.0)),
     ),
+    "llm-drop": Row(
+        tiny=(dict(drop=1), dict(drop=0.7)),
+        lossless=(dict(drop=0),),
+        ladder=(dict(drop=2), dict(drop=1), dict(drop=0)),
+    ),
     "duo": Row(
         tiny=(DUO | dict(full=0.4, sink=2, recent=5),),
         lossless=(DUO | dict(full=1.0), DUO | dict(full=0.0, recent=900)),

@@ -4,11 +4,41 @@ from __future__ import annotations
 
 from tests.laws.rows._base import Row
 
+MARKS = tuple(chr(code) for code in range(33, 127, 4))  # of random tokens, about every fifth ends a sentence
+
 ROWS = {
     "quest": Row(
         tiny=(dict(budget=0.3, page=4, dense=1, recent=3), dict(budget=5, page=1, dense=0, sink=2, recent=1)),
         lossless=(dict(budget=1.0, page=4), dict(recent=900)),
         ladder=tuple(dict(budget=share, page=4, dense=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
+    ),
+    "double-sparsity": Row(
+        tiny=(
+            dict(budget=0.3, channels=8, dense=1, recent=3),
+            dict(budget=5, channels=3, bits=0, rank="pair", heads="each", dense=0, sink=2, recent=1),
+        ),
+        lossless=(dict(budget=1.0, channels=8), dict(recent=900, channels=8)),
+        ladder=tuple(dict(budget=share, channels=128, dense=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
+    ),
+    "louiskv": Row(
+        tiny=(
+            dict(budget=0.3, unit=4, sink=1, recent=3),
+            dict(budget=6, unit=2, mode="fixed", tau=0.1, period=3, dense=1, sink=0, recent=2, slow=False),
+        ),
+        lossless=(dict(budget=1.0, unit=4), dict(recent=900)),
+        ladder=tuple(
+            dict(budget=share, unit=4, rate=1.0, period=1, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)
+        ),
+    ),
+    "sentencekv": Row(
+        tiny=(
+            dict(budget=0.3, factor=2, marks=MARKS, sink=1, recent=3, window=3),
+            dict(budget=9, factor=0, cut="keys", apart=0.2, whole=0, heads="each", sink=1, recent=2),
+        ),
+        lossless=(dict(budget=1.0), dict(recent=900)),
+        ladder=tuple(
+            dict(budget=share, factor=0, marks=MARKS, whole=0, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)
+        ),
     ),
     "draft": Row(tiny=(), lossless=({}, dict(tokens=1)), ladder=()),
 }
