@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kvtool import files
 from kvtool.commands._console import note, size, table
+from kvtool.commands._outline import outline
 
 MOST = 40  # rows of tensors shown
+# told otherwise, or for programs only
+APART = ("kind", "schema", "kvtool", "model", "corpora", "done", "layers", "slots")
 
 
 def run(path: str) -> dict[str, Any]:
@@ -23,13 +27,15 @@ def run(path: str) -> dict[str, Any]:
     )
     model = header.get("model", {})
     facts: dict[str, object] = {f"model.{key}": _short(value) for key, value in model.items()}
-    facts |= {
-        key: _short(value)
-        for key, value in header.items()
-        if key not in ("kind", "schema", "kvtool", "model", "corpora", "done")
-    }
+    facts |= {key: _short(value) for key, value in header.items() if key not in APART}
     facts |= {f"samples.{kind}": len(done) for kind, done in header.get("done", {}).items()}
+    extents = {name: tensor["shape"] for name, tensor in shapes.items()}
+    for slot, document in header.get("slots", {}).items():
+        facts |= dict(outline(slot, document, extents))
     table("what", ("", ""), facts.items())
+    if header["kind"] == "snapshot":
+        told = header["document"]
+        sizes(told["raw"], told["held"], total if path == "-" else Path(path).stat().st_size)
     parts = [(kind, part) for kind, parts in _corpora(header).items() for part in parts]
     if parts:
         lines = [
@@ -46,6 +52,13 @@ def run(path: str) -> dict[str, Any]:
     return {"file": path, **header, "tensors": shapes, "bytes": total}
 
 
+def sizes(raw: int, held: int, file: int | None) -> None:
+    """A snapshot's bytes three times: as 16-bit keys and values, as the cache holds them, as the file has them."""
+    rows = (("keys and values in 16 bits", raw), ("held by the cache", held), ("in the file", file))
+    cells = [(what, size(count), f"{count / raw:.3f}×") for what, count in rows if count is not None]
+    table("bytes", ("", "", "of 16 bits"), cells)
+
+
 def _corpora(header: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return header.get("corpora") or header.get("provenance", {}).get("corpora", {})
 
@@ -56,6 +69,5 @@ def _short(value: object) -> str:
             return f"{value[0]} (all {len(value)})"
         return ", ".join(map(str, value))
     if isinstance(value, dict):
-        inner = value["items"] if value.keys() == {"items"} else value  # a dictionary in a record
-        return ", ".join(f"{key}={_short(item)}" for key, item in inner.items()) or "none"
+        return ", ".join(f"{key}={_short(item)}" for key, item in value.items()) or "none"
     return str(value)
