@@ -1,8 +1,9 @@
 """What a method file gives: `Options` (a frozen dataclass), `STATISTICS` (what it reads from a trace), `MODEL`
 (does it run the model?), and `calibrate(context, options) -> Decision`. Nothing generic knows a method by name.
 
-Two more may be there, for comparisons. `at(budget) -> dict` gives options under which about that share of the full
-cache's bytes is held, for prompts of 1,000 tokens or more; a method without it is compared once, under its defaults.
+More may be there. `at(budget) -> dict` gives options under which about that share of the full cache's bytes is held,
+for prompts of 1,000 tokens or more; a method without it is compared once, under its defaults.
+`reads(options)` says which of `STATISTICS` are needed under these options, where not all are.
 `REUSE` names the option that takes the path of an earlier plan instead of training, so that all budgets train once.
 """
 

@@ -29,7 +29,10 @@ Rule = Literal["sum", "min", "max"]
 
 @dataclass(frozen=True)
 class States:
-    """Queries, keys and values of one layer for a whole sequence, post-RoPE: q [H,T,D], k and v [K,T,D]."""
+    """Queries, keys and values of one layer for a whole sequence, post-RoPE: q [H,T,D], k and v [K,T,D].
+
+    weight fp32 [T], of mean 1: how much each token counts as a key or value (see `_weights.py`); None: all alike.
+    """
 
     layer: int
     q: torch.Tensor
@@ -41,6 +44,7 @@ class States:
     rotary: Rotary
     table: Table | None
     sample: Sample
+    weight: torch.Tensor | None = None
 
     @cached_property
     def k_pre(self) -> torch.Tensor:
@@ -166,11 +170,16 @@ class Statistic(Observations, ABC):
 SLICE = 512  # tokens that are looked at together where a whole sequence would need large temporaries
 
 
-def cosines(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Σ_t cos(x_t, y_t), [..., T, C] twice → fp64 [...]"""
+def cosines(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Σ_t w_t·cos(x_t, y_t), [..., T, C] twice and [T] → fp64 [...]"""
     parts = zip(x.split(SLICE, -2), y.split(SLICE, -2), strict=True)
-    sums = [cosine_similarity(mine.float(), theirs.float(), dim=-1).double().sum(-1) for mine, theirs in parts]
-    return torch.stack(sums).sum(0)
+    each = torch.cat([cosine_similarity(mine.float(), theirs.float(), dim=-1).double() for mine, theirs in parts], -1)
+    return (each if weight is None else each * weight).sum(-1)
+
+
+def weighted(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Σ over tokens of x [..., T, C] times their weights [T] is the sum of what this gives."""
+    return x if weight is None else x * weight[:, None]
 
 
 # Distances and positions are binned by half octaves, exact below 16: 0, 1, …, 15, 16–22, 23–31, 32–45, …

@@ -1,7 +1,8 @@
 """Per-channel magnitude of keys (before and after RoPE) and values: extrema, moments, histogram.
 
 The histogram has signed logarithmic bins, four to an octave from 2⁻¹² to 2⁸ (by exponent and leading mantissa
-bits), so it needs no range fixed beforehand and merges exactly. Bin 0 … 81 negative from large to small, 82 … 163
+bits), so it needs no range fixed beforehand and merges exactly. It counts tokens; the moments weigh them if the profile
+does. Bin 0 … 81 negative from large to small, 82 … 163
 positive from small to large.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.statistics._base import States, Statistic
+from kvtool.statistics._base import States, Statistic, weighted
 
 LOW, HIGH, PER_OCTAVE = -12, 8, 4
 HALF = (HIGH - LOW) * PER_OCTAVE + 2  # one underflow and one overflow bin a side
@@ -31,17 +32,17 @@ class Channels(Statistic):
     def states(self, view: States) -> None:
         for kind in KINDS:
             for head, x in enumerate(getattr(view, kind)):
-                self._channels(kind, (view.layer, head), x.float())
+                self._channels(kind, (view.layer, head), x.float(), view.weight)
         if view.layer == 0:
             self["tokens"] += view.k.shape[1]
 
-    def _channels(self, kind: str, at: tuple[int, int], x: torch.Tensor) -> None:
-        """x fp32 [T,D] of one layer and head."""
+    def _channels(self, kind: str, at: tuple[int, int], x: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """x fp32 [T,D] of one layer and head, weight [T]."""
         self[f"{kind}.min"][at] = torch.minimum(self[f"{kind}.min"][at], x.amin(0).double())
         self[f"{kind}.max"][at] = torch.maximum(self[f"{kind}.max"][at], x.amax(0).double())
-        self[f"{kind}.sum"][at] += x.sum(0)
-        self[f"{kind}.absolute"][at] += x.abs().sum(0)
-        self[f"{kind}.square"][at] += x.square().sum(0)
+        self[f"{kind}.sum"][at] += weighted(x, weight).sum(0)
+        self[f"{kind}.absolute"][at] += weighted(x.abs(), weight).sum(0)
+        self[f"{kind}.square"][at] += weighted(x.square(), weight).sum(0)
         self[f"{kind}.histogram"][at] += histogram(x)
 
 

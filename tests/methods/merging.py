@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvtool.cache.budgets._base import Ballot
-from kvtool.cache.merges._base import Merged
+from kvtool.cache.merges._base import Job, Merged, at
 from kvtool.cache.selector import Selector
 from tests.methods.evicting import STEP, D, H, K, random
 
@@ -21,7 +21,19 @@ def thinned(
     scores = made.scores(view)
     limits = made.spec.rule("spread").deal([Ballot(view, scores, made.limits(entries), made.free(entries))])[0]
     index = made.choose(view, scores, limits[0], scores)
-    return made.spec.rule("merge").merge(made.job(view, scores, torch.ones(k.shape[:3]), index)), index
+    return merged(made.job(view, scores, torch.ones(k.shape[:3]), index)), index
+
+
+def merged(job: Job) -> Merged:
+    """What stays, written out where the rule says only what changes."""
+    made = job.spec.rule("merge").merge(job)
+    if isinstance(made, tuple):
+        return made
+    k, v = (at(x, job.index) for x in (job.view.k, job.view.v))
+    if made is None:
+        return k, v, job.counts.gather(2, job.index)
+    places = made.places[..., None].expand(-1, -1, -1, k.shape[-1])
+    return k.scatter(2, places, made.k), v.scatter(2, places, made.v), made.counts
 
 
 def copies(count: int, times: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from kvtool.errors import InputError
 from kvtool.plan import Plan
 from tests import models
 from tests.methods.evicting import STEP, D, H, K, lane, random, select
+from tests.methods.merging import merged
 from tests.models import random_ids
 from tests.running import feed, own
 from tests.tolerance import close, error, same
@@ -41,7 +42,7 @@ def thinned(tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: 
         0
     ]
     index = chooser.choose(view, scores, limit, scores)
-    return chooser.spec.rule("merge").merge(chooser.job(view, scores, torch.ones(k.shape[:3]), index)), index
+    return merged(chooser.job(view, scores, torch.ones(k.shape[:3]), index)), index
 
 
 def test_without_a_span_nothing_changes() -> None:

@@ -1,0 +1,214 @@
+"""Allocate: each KV head's keys and values in the encoding that is worth its bytes, among all that are at hand.
+
+Our own; arXiv papers that vary bits or ranks by layer weigh one axis at a time. Candidates, per KV head and side:
+
+    bits      min–max codes, keys per channel and values per token, after or before RoPE    (b + 32/group bits a number)
+    rank      a basis from Gram matrices: keys in the metric of queries, values in that of gradients    (16·r/D)
+    channels  the most important channels as they are                                                   (16·r/D)
+    latent    rank, then codes                                                                ((b + 32/group)·r/D)
+
+Error of a candidate: the KL divergence that it causes if this head alone holds this side so, in nats a token, by the
+second order of the network after its attention output (`kvtool/effects.py`), times a factor for each candidate that
+makes the sum over heads what is measured when all of them hold it (`kvtool/divergence.py`): errors of quantisation add
+up over heads, those of low ranks repeat from token to token, and the factor accounts for that. Bytes: of what a
+candidate writes, scales included, counted against 16-bit numbers; sinks and recent entries, which stay raw, are taken
+off the budget first, at `length` tokens.
+
+    minimise Σ error   such that   Σ bytes ≤ budget:   convex hull of every unit, then greedily by slope
+    (`kvtool/allocation.py`)
+
+The plan is then compared, on texts that nothing was measured on, with the best uniform pairs that take no more bytes;
+the outcome is among the facts, whoever wins. Gram matrices are of the statistic `gram`. Its `reservoir` is not used:
+blocks of 64 tokens have no context to attend to. Layers with a sliding window of their own stay as they are.
+Sharing entries between layers is not among the candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from kvtool import plan as plans
+from kvtool.corpus.base import Sample
+from kvtool.divergence import Judge
+from kvtool.errors import InputError, unknown
+from kvtool.methods import _candidates as ways
+from kvtool.methods import _weighing as weigh
+from kvtool.methods._base import Context, Decision, full_attention
+from kvtool.methods._candidates import Candidate
+from kvtool.methods._weighing import SIDES, Candidates, Errors, Windows
+from kvtool.options import at_least
+from kvtool.plan import Plan
+from kvtool.slots import RAW, Store
+
+STATISTICS = ("gram",)
+MODEL = True
+REUSE = "errors"
+AXES = ("bits", "rank", "channels", "latent")
+MEASURED = ("met", "effect", "size", "ratio")
+LEAST = 0.1  # of the bytes: below this nothing in `at` is comparable
+
+
+@dataclass(frozen=True)
+class Options:
+    """bytes: share of the bytes of 16-bit keys and values that is held after `length` tokens; 1 leaves all as it is.
+    length: tokens at which the raw entries are counted. axes: what may vary: bits, rank, channels, latent. bits: of
+    codes. ranks: of bases and channels, shares of a head's width. latent: bits of codes of low-rank entries. rope: keys
+    are stored after RoPE, or each where it costs less (both). unit: what shares an encoding: a KV head, or a layer's
+    side. group: numbers that share a range. sink, recent: first and newest entries that stay raw. block: entries that
+    leave the raw window together. samples, tokens, steps: texts that errors are measured on, their length, and the
+    tokens decoded after each. draws: answers drawn for the gradients of a text. checked: further texts on which the
+    plan is compared. rivals: uniform pairs that it is compared with; 0 is none. errors: take what this earlier plan
+    measured, with the same options, instead of measuring."""
+
+    bytes: float = 0.2
+    length: int = 4096
+    axes: tuple[str, ...] = AXES
+    bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    ranks: tuple[float, ...] = (0.25, 0.5, 0.75)
+    latent: tuple[int, ...] = (2, 3, 4)
+    rope: Literal["after", "both"] = "both"
+    unit: Literal["head", "layer"] = "head"
+    group: int = 32
+    sink: int = 4
+    recent: int = 32
+    block: int = 32
+    samples: int = 3
+    tokens: int = 512
+    steps: int = 128
+    draws: int = 4
+    checked: int = 2
+    rivals: int = 6
+    errors: str = ""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "length", "samples", "tokens", "steps", "draws", "bits", "latent", "block")
+        at_least(0, self, "sink", "recent", "rivals")
+        at_least(1 if self.rivals else 0, self, "checked")
+        if not self.bytes > 0:
+            raise InputError("bad option bytes", got=self.bytes, expected="a share above 0")
+        for axis in self.axes:
+            if axis not in AXES:
+                raise unknown("axis", axis, AXES)
+
+    @property
+    def windows(self) -> Windows:
+        return Windows(self.sink, self.recent, self.block)
+
+
+def at(budget: float) -> dict[str, Any]:
+    return {"bytes": max(LEAST, budget), "length": 1000}
+
+
+def calibrate(context: Context, options: Options) -> Decision:
+    budget, windows = options.windows.bits(options.bytes, options.length), options.windows
+    whole = full_attention(context.geometry)
+    if budget >= 16 or not bool(whole.any()):
+        return Decision(store=Store((), (), torch.full(whole.shape, RAW, dtype=torch.int32)))
+    texts = weigh.samples(context, count=options.samples + options.checked, tokens=options.tokens, steps=options.steps)
+    measured, checked = texts[: options.samples], texts[options.samples :]
+    if options.errors:
+        context.resume.update(given(context, options.errors))
+    candidates, effect, size = weigh.effects(
+        context, measured, windows, lambda met: weighed(context, options, met), options.draws
+    )
+    ratio = weigh.anchored(context, effect, candidates, measured, windows)
+    bits = {side: weigh.bits(context, candidates[side]) for side in SIDES}
+    error = {side: effect[side] * ratio[side][:, None, None] for side in SIDES}
+    choice, made = weigh.dealt(context, bits, error, ratio, budget, options.unit)
+    store, numbers = weigh.stored(context, candidates, choice, windows), 2 * int(whole.sum())
+    spent = made.spent / numbers
+    evidence = {
+        **{f"{name}.{side}": tensors[side].float() for name, tensors in
+           {"effect": effect, "size": size, "ratio": ratio, "bits": bits}.items() for side in SIDES},
+        "met": context.resume["met"], "choice": choice.int(),
+        "curve": (made.path / torch.tensor([numbers, 1.0], dtype=torch.float64)).float(),
+    }  # fmt: skip
+    facts: dict[str, Any] = {side: [way.name for way in candidates[side]] for side in SIDES}
+    facts |= {"bits": spent, "held": windows.share(spent, options.length), "predicted": made.error}
+    if options.rivals:
+        pairs = rivals(bits, error, ratio, budget, options.rivals)
+        facts |= _compared(context, candidates, store, pairs, checked, windows)
+    return Decision(None, evidence, facts, store)
+
+
+def given(context: Context, path: str) -> dict[str, torch.Tensor]:
+    """What an earlier plan measured. Raises InputError when it measured nothing, or another model."""
+    found = plans.read(path)
+    if "met" not in found.evidence:
+        raise InputError("the plan measured no errors of encodings", got=path, expected="one by this method")
+    assert context.model is not None
+    found.check(context.model.fingerprint)
+    return {name: found.evidence[name] for name in found.evidence if name.split(".")[0] in MEASURED}
+
+
+def weighed(context: Context, options: Options, met: torch.Tensor) -> Candidates:
+    """All that `axes` allow, the cheapest tables first; 16 bits are always among them."""
+    assert context.trace is not None
+    assert context.model is not None
+    g, gram = context.geometry, context.trace["gram"]
+    ranks = ways.widths(options.ranks, g.head_dim)
+    rotaries = [context.model.rotary(layer) for layer in range(g.layers)]
+    key, value = gram["k"], ways.blocks(gram["v"], g.kv_heads)
+    found: Candidates = {"keys": [ways.sixteen()], "values": [ways.sixteen()]}
+    found["keys"] += _kinds(options, "keys", key, gram["q"], ranks)
+    found["values"] += _kinds(options, "values", value, met, ranks)
+    if options.rope == "both":
+        turned = ways.unturned(gram["q"], rotaries, options.tokens, context.model.device)
+        bare = ways.blocks(gram["k_pre"], g.kv_heads)
+        found["keys"] += [way.before() for way in _kinds(options, "keys", bare, turned, ranks)]
+    return found
+
+
+def _kinds(
+    options: Options, side: weigh.Side, gram: torch.Tensor, metric: torch.Tensor, ranks: list[int]
+) -> list[Candidate]:
+    width, found = gram.shape[-1], []
+    if "bits" in options.axes:
+        found += [ways.coded(side, bits, options.group, width) for bits in options.bits]
+    if "channels" in options.axes:
+        found += [ways.channels(gram, metric, count) for count in ranks]
+    bases = [ways.low_rank(gram, metric, rank) for rank in ranks if {"rank", "latent"} & set(options.axes)]
+    found += bases if "rank" in options.axes else []
+    if "latent" in options.axes:
+        found += [ways.latent(base, bits, options.group) for base, bits in product(bases, options.latent)]
+    return found
+
+
+class Pair(NamedTuple):
+    """One encoding of all keys and one of all values: their numbers, bits a number in the mean, and predicted KL."""
+
+    key: int
+    value: int
+    bits: float
+    error: float
+
+
+def rivals(size: Errors, error: Errors, ratio: Errors, most: float, count: int) -> list[Pair]:
+    """Uniform pairs of at most so many bits a number, the best `count` by prediction."""
+    totals = {side: error[side].sum((1, 2)) for side in SIDES}
+    known = [(ratio[side] > 0).nonzero().flatten().tolist() for side in SIDES]
+    found = [
+        Pair(k, v, float(size["keys"][k] + size["values"][v]) / 2, float(totals["keys"][k] + totals["values"][v]))
+        for k, v in product(*known)
+    ]
+    return sorted((pair for pair in found if pair.bits <= most * (1 + 1e-9)), key=lambda pair: pair.error)[:count]
+
+
+def _compared(
+    context: Context, candidates: Candidates, store: Store, pairs: list[Pair], texts: list[Sample], windows: Windows
+) -> dict[str, Any]:
+    """KL on these texts of the plan and of uniform pairs; best: is the plan's the smallest?"""
+    assert context.model is not None
+    judge = Judge(context.model, texts)
+    own = float(judge.divergences(Plan("allocate", context.model.fingerprint, store=store)).mean())
+    rows: list[dict[str, Any]] = []
+    for number, pair in enumerate(pairs, 1):
+        key, value = candidates["keys"][pair.key], candidates["values"][pair.value]
+        kl = float(judge.divergences(weigh.uniform(context, key, value, windows)).mean())
+        rows.append({"keys": key.name, "values": value.name, "bits": pair.bits, "predicted": pair.error, "kl": kl})
+        context.progress(number, len(pairs), "uniform pairs")
+    return {"kl": own, "uniform": rows, "best": all(own < row["kl"] for row in rows)}
