@@ -25,6 +25,12 @@ def method(name: str) -> Any:
     return registry.module("methods", name, "method")
 
 
+def reads(module: Any, chosen: Any) -> tuple[str, ...]:
+    """The statistics that a method's module reads under its options `chosen`."""
+    found: tuple[str, ...] = module.reads(chosen) if hasattr(module, "reads") else module.STATISTICS
+    return found
+
+
 def calibrate(
     name: str,
     settings: dict[str, Any],
@@ -42,10 +48,11 @@ def calibrate(
     """
     module = method(name)
     chosen = options.build(module.Options, settings, name)
-    if module.STATISTICS:
+    needed = reads(module, chosen)
+    if needed:
         if trace is None:
-            raise InputError(f"{name} reads a trace", expected=f"one with {', '.join(module.STATISTICS)}")
-        trace.need(*module.STATISTICS)
+            raise InputError(f"{name} reads a trace", expected=f"one with {', '.join(needed)}")
+        trace.need(*needed)
     if module.MODEL and model is None:
         raise InputError(f"{name} runs the model", remedy="pass the model, or a trace that names it")
     if model is not None and trace is not None and trace.model != model.fingerprint:

@@ -56,6 +56,7 @@ def profile(
     cut: Annotated[str, typer.Option(help="pack documents end to end, or cut at documents.")] = "pack",
     stat: Annotated[list[str], typer.Option(help="A statistic to take; repeatable. Default: all usual ones.")] = [],
     for_: Annotated[list[str], typer.Option("--for", metavar="METHOD", help="Take what these methods need.")] = [],
+    weight: Annotated[str, typer.Option(help="How much a token counts: uniform, attention, rsq.")] = "uniform",
     settings: Settings = [],
     raw: Annotated[str | None, typer.Option(help="Also write raw tensors: any of k,v,q,attention.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers of --raw, like 0,3-5.")] = None,
@@ -75,7 +76,7 @@ def profile(
     options = {"sources": text, "field": field, "tokens": tokens, "samples": samples, "cut": cut}
     raw_options = {"kinds": raw, "layers": layers, "heads": heads, "tokens": raw_tokens}
     record = profile_command.run(
-        model, output, options, stat, for_, settings, raw_options, resume, seed, device, dtype, force
+        model, output, options, stat, for_, settings, raw_options, resume, seed, device, dtype, force, weight
     )
     _emit(record, as_json)
 
@@ -239,9 +240,53 @@ def compare(
         raise RunError("failed: " + ", ".join(record["failed"]))
 
 
+@app.command(epilog=(
+    "\b\nExamples:"
+    "\n  kvtool save smollm2 report.txt --plan smollm2.cachegen.plan.safetensors"
+    "\n  kvtool save smollm2 default --tokens 1500 -o default.kv.safetensors"
+))  # fmt: skip
+def save(
+    model: ModelName,
+    document: Annotated[str, typer.Argument(metavar="DOCUMENT", help="A text file, - for stdin, or default.")],
+    plan: Annotated[str | None, typer.Option(
+        help="A plan, - for stdin, or the name of one in calibrations/. Default: the full cache."
+    )] = None,
+    output: Output = None,
+    tokens: Annotated[int, typer.Option(help="Read only so many tokens of the document (0: all).")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Windowed heads see only their window in prefill.")] = False,
+    chunk: Annotated[int, typer.Option(help="Prefill in chunks of this many tokens (0: at once).")] = 0,
+    device: Device = "cpu", dtype: Dtype = "float32", force: Force = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Read a document and write its cache: a snapshot that another run goes on from.
+
+    The file has what the plan holds, codes entropy-coded, and the plan itself.
+    """
+    from kvtool.commands import save as save_command
+
+    _one_document(output, as_json)
+    _emit(save_command.run(model, document, plan, output, tokens, strict, chunk, device, dtype, force), as_json)
+
+
+@app.command(epilog=(
+    "\b\nExample: kvtool generate smollm2 report.kv.safetensors $'\\nIn short, the report says that'"
+))  # fmt: skip
+def generate(
+    model: ModelName,
+    snapshot: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="What kvtool save wrote; - for stdin.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text that follows the document; - for stdin.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    device: Device = "cpu", dtype: Dtype = "float32", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Go on from a snapshot: print what the model writes after the document and a prompt, most likely token first."""
+    from kvtool.commands import generate as generate_command
+
+    record = generate_command.run(model, snapshot, prompt, tokens, device, dtype)
+    print(document(record) if as_json else record["text"])
+
+
 @app.command(epilog="\b\nExample: kvtool inspect smollm2.trace.safetensors --json | jq .corpora")
 def inspect(
-    file: Annotated[str, typer.Argument(help="A trace or a plan; - for stdin.")], as_json: AsJson = False
+    file: Annotated[str, typer.Argument(help="A trace, a plan or a snapshot; - for stdin.")], as_json: AsJson = False
 ) -> None:
     """Explain any file that kvtool wrote: what, from which model and corpus, shapes and sizes."""
     from kvtool.commands import inspect as inspect_command

@@ -24,6 +24,7 @@ from kvtool.raw import Raw
 from kvtool.rotary import Table
 from kvtool.serving import Attention, Layer
 from kvtool.statistics._base import Copying, Rows, States, Statistic, Stream
+from kvtool.statistics._weights import weights
 from kvtool.trace import Trace, statistic
 from kvtool_kernels.attention_statistics.reference import Summary
 from kvtool_kernels.ops import attend, attention_statistics
@@ -64,7 +65,7 @@ def profile(
             if key in done:
                 continue
             fresh = {name: type(stat)(model, model.geometry) for name, stat in listeners.items()}
-            _observe(model, sample, fresh, costs, raw if kind == "text" else None)
+            _observe(model, sample, fresh, costs, raw if kind == "text" else None, trace.weight)
             with _uninterrupted():  # a sample is in the trace as a whole or not at all
                 for name, stat in listeners.items():
                     stat.merge(fresh[name])
@@ -90,9 +91,9 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _observe(
-    model: Model, sample: Sample, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None
+    model: Model, sample: Sample, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None, weight: str
 ) -> None:
-    watch = _Watch(listeners, costs, raw)
+    watch = _Watch(listeners, costs, raw, weight)
     with model.device:  # what statistics create lies where the model is
         watch.all("begin", sample)
     with model.served(), torch.no_grad(), model.device:
@@ -105,8 +106,8 @@ def _observe(
 class _Watch:
     """The listeners of one sample, with a clock on each."""
 
-    def __init__(self, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None):
-        self.listeners, self.costs, self.raw = listeners, costs, raw
+    def __init__(self, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None, weight: str):
+        self.listeners, self.costs, self.raw, self.weight = listeners, costs, raw, weight
 
     def wants(self, what: str) -> bool:
         return (what == "states" and self.raw is not None) or any(
@@ -148,7 +149,8 @@ class _Observer(Layer):
         self.index, self.model, self.sample, self.watch, self.tables = index, model, sample, watch, tables
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        out = self._rows(q, k, v, call) if self.watch.wants("rows") else plain(q, k, v, call)
+        weighs = self.watch.weight != "uniform" and self.watch.wants("states")
+        summary = self._rows(q, k, v, call) if self.watch.wants("rows") or weighs else None
         if self.watch.wants("states"):
             rotary = self.model.rotary(self.index)
             if rotary.kind not in self.tables:
@@ -157,12 +159,13 @@ class _Observer(Layer):
             self.watch.all(
                 "states",
                 States(
-                    self.index, q[0], k[0], v[0], call.scale, call.softcap, call.sink_logits, rotary, table, self.sample
+                    self.index, q[0], k[0], v[0], call.scale, call.softcap, call.sink_logits, rotary, table,
+                    self.sample, None if summary is None else weights(self.watch.weight, summary.columns.sum((0, 1))),
                 ),
-            )
-        return out
+            )  # fmt: skip
+        return plain(q, k, v, call) if summary is None else summary.out[None]
 
-    def _rows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
+    def _rows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> Summary:
         """Attention with its sums, which are gone once the listeners have seen them."""
         first = (self.sample.period or 0) + len(self.sample.tokens) % (self.sample.period or 1)
         with self.watch.clock("(attention)"):
@@ -171,20 +174,23 @@ class _Observer(Layer):
                 softcap=call.softcap, sink_logits=call.sink_logits,
             )  # fmt: skip
         self.watch.all("rows", Rows(self.index, summary, first, self.sample))
-        return summary.out[None]
+        return summary
 
     def get_seq_length(self) -> int:
         return 0
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-    """Causal attention of whole sequences [1,H,T,D] as the model means it: sliding window, soft cap, sink logits."""
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention, kernel: Callable[..., Any] = attend
+) -> torch.Tensor:
+    """Causal attention of whole sequences [1,H,T,D] as the model means it: sliding window, soft cap, sink logits.
+    `kernel`: the reference where gradients must flow."""
     bias = None
     if call.window is not None and call.window < k.shape[2]:
         row, column = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
         hidden = (column <= row - call.window).to(q.device)
         bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))[None, None]
-    out, lse = attend(q, k, v, scale=call.scale, causal=True, bias=bias, softcap=call.softcap)
+    out, lse = kernel(q, k, v, scale=call.scale, causal=True, bias=bias, softcap=call.softcap)
     if call.sink_logits is not None:
         out = (out * torch.sigmoid(lse - call.sink_logits.float()[None, :, None])[..., None]).to(q.dtype)
     return out

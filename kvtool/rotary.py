@@ -73,6 +73,11 @@ class Rotary:
             return x
         return self.rotate(self.unrotate(x, _over_heads(before)), _over_heads(after))
 
+    def magnitude(self, x: torch.Tensor) -> torch.Tensor:
+        """|x| [..., D] by channel; of the rotated ones the length of their pair, which rotation leaves as it is."""
+        head, rest = x[..., : self.width], x[..., self.width :]
+        return torch.cat([(head.square() + self._quarter(head).square()).sqrt(), rest.abs()], dim=-1)
+
     def _quarter(self, x: torch.Tensor) -> torch.Tensor:
         """Each pair (a, b) turned by 90 degrees to (−b, a)."""
         if self.interleaved:

@@ -36,7 +36,7 @@ def statistic(name: str) -> type[Statistic]:
 @dataclass
 class Trace:
     """`source`: the model's name as given; `statistics` by name; `corpora` maps a corpus kind to the provenance
-    of each part; `done` lists sample digests by kind."""
+    of each part; `done` lists sample digests by kind; `weight` says how tokens count (`statistics/_weights.py`)."""
 
     model: dict[str, Any]
     source: str = ""
@@ -44,6 +44,7 @@ class Trace:
     corpora: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     done: dict[str, list[str]] = field(default_factory=dict)
     complete: bool = True
+    weight: str = "uniform"
 
     @property
     def geometry(self) -> Geometry:
@@ -64,10 +65,15 @@ class Trace:
         return self.statistics[name]
 
     def merge(self, other: Trace) -> None:
-        """Fold `other` in; raises InputError for another model or for samples that both have seen."""
+        """Fold `other` in; raises InputError for another model or weight, or for samples that both have seen."""
         if self.model != other.model:
             differing = [key for key in self.model if self.model[key] != other.model.get(key)]
             raise InputError("the traces are of different models", got=f"different {', '.join(differing)}")
+        if self.weight != other.weight:
+            raise InputError(
+                "the traces weigh tokens differently", got=f"{self.weight} and {other.weight}",
+                remedy="profile again with one --weight",
+            )  # fmt: skip
         for kind, samples in other.done.items():
             shared = set(samples) & set(self.done.get(kind, []))
             used_twice = [
@@ -101,6 +107,7 @@ class Trace:
             "corpora": self.corpora,
             "done": self.done,
             "complete": self.complete,
+            "weight": self.weight,
         }
         tensors = {
             f"{name}/{key}": tensor for name, stat in self.statistics.items() for key, tensor in stat.tensors().items()
@@ -113,6 +120,7 @@ def read(path: str) -> Trace:
     header, tensors = files.read(path, kind="trace", schema=SCHEMA)
     try:
         trace = Trace(header["model"], header["source"], {}, header["corpora"], header["done"], header["complete"])
+        trace.weight = header.get("weight", trace.weight)  # traces of before there were weights have none
         for name in header["statistics"]:
             stat = statistic(name)(None, trace.geometry)
             prefix = f"{name}/"

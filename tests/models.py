@@ -156,6 +156,9 @@ class Characters:
     def __len__(self) -> int:
         return VOCABULARY
 
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
 
 def with_tokenizer(model: Model, *, start: bool = False) -> Model:
     """The same network with a tokenizer of characters."""

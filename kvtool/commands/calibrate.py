@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool import files, options, trace
-from kvtool.calibrate import calibrate, method
+from kvtool.calibrate import calibrate, method, reads
 from kvtool.commands import _corpora
 from kvtool.commands._console import note, progress, slug
 from kvtool.commands.profile import take
@@ -24,18 +24,18 @@ def run(
     """Returns the record that `--json` prints."""
     module = method(name)
     values = options.pairs(settings)
-    options.build(module.Options, values, name)  # bad options are told before any work
+    needed = reads(module, options.build(module.Options, values, name))  # bad options are told before any work
     seen = trace.read(source) if _is_trace(source) else None
     model_name = source if seen is None else seen.source
     output = output or f"{slug(model_name)}.{name}.plan.safetensors"
     files.check_output(output, force=force)
     if seen is not None:
-        seen.need(*module.STATISTICS)
-        if module.STATISTICS and not seen.complete:
+        seen.need(*needed)
+        if needed and not seen.complete:
             note(f"note: the profile of {source} was interrupted; profile --resume would complete it")
     model = load(model_name, dtype=dtype, device=device) if seen is None or module.MODEL else None
-    if seen is None and module.STATISTICS and model is not None:
-        seen = _profiled(model, model_name, module.STATISTICS, seed)
+    if seen is None and needed and model is not None:
+        seen = _profiled(model, model_name, needed, seed)
     state = None if output == "-" or files.is_stream(Path(output)) else Path(f"{output}.part")
     if state is not None and not resume:
         state.unlink(missing_ok=True)

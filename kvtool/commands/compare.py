@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtool import files, options, trace
 from kvtool.analyze._figures import style
-from kvtool.calibrate import method
+from kvtool.calibrate import method, reads
 from kvtool.commands import _corpora
 from kvtool.commands._console import note, progress
 from kvtool.commands._scoreboard import show
@@ -185,6 +185,11 @@ def _make_room(request: Request) -> None:
         journal.unlink(missing_ok=True)
 
 
+def _reads(cell: Cell) -> tuple[str, ...]:
+    module = method(cell.line)
+    return reads(module, options.build(module.Options, dict(cell.options), cell.line))
+
+
 def _entrants(request: Request, job: Job, model: Model, seen: Trace | None) -> list[Entrant]:
     """A plan for every cell, made where there is none; later ones find what earlier ones trained."""
     folder, held = request.path("plans"), [] if seen is None else [seen]
@@ -192,7 +197,7 @@ def _entrants(request: Request, job: Job, model: Model, seen: Trace | None) -> l
     def observe(statistics: set[str]) -> Trace:
         """The trace that was given; or one of what all methods need, taken once."""
         if not held:
-            wanted = {name for cell in missing for name in method(cell.line).STATISTICS}
+            wanted = set[str]().union(*(_reads(cell) for cell in missing))
             held.append(_observed(model, request, folder / "profile.trace.safetensors", wanted | statistics))
         return held[0]
 

@@ -26,7 +26,8 @@ def run(name: str | None, what: str) -> dict[str, Any]:
         return {what: dict(rows)}
     module = registry.module("methods", name, "method")
     note(inspect.getdoc(module) or "")
-    needs = [f"the statistics {', '.join(module.STATISTICS)}"] if module.STATISTICS else []
+    when = ", under some options," if hasattr(module, "reads") else ""
+    needs = [f"the statistics {', '.join(module.STATISTICS)}{when}"] if module.STATISTICS else []
     needs += ["the model itself"] if module.MODEL else []
     note(f"\nNeeds {' and '.join(needs) or 'only the geometry of a model'}.\n")
     described = options.describe(module.Options)

@@ -15,23 +15,25 @@ from kvtool.errors import InputError
 from kvtool.model import Model, load
 from kvtool.profile import default_statistics, profile
 from kvtool.raw import Raw, span
+from kvtool.statistics._weights import check
 from kvtool.trace import Trace, statistic
 
 
 def run(
     name: str, output: str | None, text: dict[str, Any], stats: list[str], methods: list[str], settings: list[str],
-    raw: dict[str, Any], resume: bool, seed: int, device: str, dtype: str, force: bool,
+    raw: dict[str, Any], resume: bool, seed: int, device: str, dtype: str, force: bool, weight: str = "uniform",
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the record that `--json` prints."""
     output = output or f"{slug(name)}.trace.safetensors"
     names, chosen, kinds = wanted(stats, methods), _corpora.read(settings), _raw_kinds(raw)
+    check(weight)
     if resume and output == "-":
         raise InputError("--resume needs a file", got="-o -")
     continued = resume and Path(output).exists()
     files.check_output(output, force=force or continued)
     folder = _raw_folder(output, force or continued) if kinds else None
     model = load(name, dtype=dtype, device=device)
-    observed = _start(model, name, names, output if continued else None)
+    observed = _start(model, name, names, output if continued else None, weight)
     corpora = _corpora.build(model, {stat.corpus for stat in observed.statistics.values()}, text, chosen, seed)
     writer = _raw(folder, kinds, raw, model, corpora) if folder else None
     if writer and not continued:
@@ -83,7 +85,7 @@ def take(
         raise
 
 
-def _start(model: Model, name: str, names: list[str], resumed: str | None) -> Trace:
+def _start(model: Model, name: str, names: list[str], resumed: str | None, weight: str) -> Trace:
     if resumed is not None:
         observed = trace.read(resumed)
         if observed.model != model.fingerprint:
@@ -94,9 +96,12 @@ def _start(model: Model, name: str, names: list[str], resumed: str | None) -> Tr
                 got=", ".join(names),
                 expected=", ".join(sorted(observed.statistics)),
             )
+        if observed.weight != weight:
+            raise InputError("cannot resume with another weight of tokens", got=weight, expected=observed.weight)
         observed.complete = True
         return observed
-    return Trace(model.fingerprint, name, {stat: statistic(stat)(model, model.geometry) for stat in names})
+    fresh = {stat: statistic(stat)(model, model.geometry) for stat in names}
+    return Trace(model.fingerprint, name, fresh, weight=weight)
 
 
 def _raw_kinds(raw: dict[str, Any]) -> tuple[str, ...]:

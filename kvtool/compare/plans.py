@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool import options, plan
-from kvtool.calibrate import calibrate, method
+from kvtool.calibrate import calibrate, method, reads
 from kvtool.compare import cells as controls
 from kvtool.compare.cells import Cell
 from kvtool.errors import InputError
@@ -83,7 +83,8 @@ class Shelf:
         donor = self._donor(cell)
         if donor:
             values[module.REUSE] = donor
-        trace = self.observe(set(module.STATISTICS)) if module.STATISTICS else None
+        needed = set(reads(module, options.build(module.Options, values, cell.line)))
+        trace = self.observe(needed) if needed else None
         self.folder.mkdir(exist_ok=True)
         start = time.perf_counter()
         state = path.with_name(f"{path.name}.part")

@@ -150,7 +150,7 @@ class Race:
         if plan is None:
             return True
         select = plan.keep.select if plan.keep is not None else None
-        return self.rules.protocol == "official" and not (select is not None and select.when == "chunk")
+        return plan.dense and self.rules.protocol == "official" and not (select is not None and select.when == "chunk")
 
     def _feed(self, cache: SegmentCache, tokens: torch.Tensor, chunk: int) -> None:
         """tokens int64 [T], `chunk` at a time, or at once if that is 0."""

@@ -19,7 +19,7 @@ from kvtool.model import Model
 def forced(model: Model, cache: SegmentCache, tokens: torch.Tensor) -> torch.Tensor:
     """`cache` has seen the prompt; tokens int64 [B,T] follow → logits fp32 [B,T,V], on the CPU."""
     cache.finish()
-    joined = cache.plan is not None and cache.plan.store is not None and cache.plan.store.span > 1
+    joined = cache.plan is not None and cache.plan.store is not None and bool(cache.plan.store.spans)
     if not joined:
         for layer in cache.segments:
             layer.strict = True

@@ -56,7 +56,7 @@ class Subject:
         caches = {side: self.cache(side, prompts.shape[1]) for side in SIDES}
         caches["full"].record_for(self.plan)
         self.prefill(caches["full"], prompts)
-        if self.protocol == "official" and not self.chunk:
+        if self.protocol == "official" and not self.chunk and self.plan.dense:
             caches["plan"].adopt(caches["full"])
         else:
             self.prefill(caches["plan"], prompts)

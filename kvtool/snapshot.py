@@ -1,0 +1,148 @@
+"""A snapshot is the cache of a document as a file: what a plan holds of it, for another run to go on from.
+
+    save("document.kv.safetensors", model, cache, tokens)
+    cache = load("document.kv.safetensors", model)
+
+The cache that is loaded gives the logits that the saved one would have given, bit for bit: entries that a plan encodes
+are held as their codes, which the file has entropy-coded (`encoding/squeeze.py`), all others as the model made them. So
+a file belongs to one model in one dtype, and keys that were written after RoPE to the positions they had. The plan is
+in the file, less its evidence. It knows neither plans nor parts of caches; see `cache/state.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvtool import files, records
+from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.segment_layer import Part, SegmentLayer
+from kvtool.cache.state import Document, dump, fill
+from kvtool.encoding.squeeze import Codes, expanded
+from kvtool.errors import InputError
+from kvtool.model import Model
+from kvtool.plan import SLOTS, Plan
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a header says of the document: its name, the tokens that were fed, the hash of their ids, the position of
+    the first one; and bytes: its keys and values in 16 bits, and what the cache held."""
+
+    document: str
+    tokens: int
+    hash: str
+    origin: int
+    raw: int
+    held: int
+
+
+def save(
+    path: str, model: Model, cache: SegmentCache, tokens: torch.Tensor, *, document: str = "", force: bool = False
+) -> Facts:
+    """Write what `cache` holds of `tokens` int64 [T], all that it was fed."""
+    cache.finish()
+    if not cache.single or any(layer.prefix for layer in cache.segments):
+        raise InputError(
+            "this cache cannot be saved", got="several sequences, padding, or what others hold too",
+            expected="one sequence, fed to a cache of its own",
+        )  # fmt: skip
+    columns = cache.segments[0].columns
+    if tokens.shape != (columns,):
+        raise InputError("not the tokens of this cache", got=list(tokens.shape), expected=[columns])
+    facts = _facts(model, cache, tokens, document)
+    tensors: files.Tensors = {"tokens": tokens.int().cpu()}
+    seen: set[int] = set()
+    plan = cache.plan or Plan("full", model.fingerprint)
+    try:
+        layers = [
+            records.dump(_state(layer, seen), f"layers.{index}", tensors) for index, layer in enumerate(cache.segments)
+        ]
+        header = {
+            "kind": "snapshot",
+            "schema": SCHEMA,
+            "model": model.fingerprint,
+            "source": model.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "protocol": cache.protocol,
+            "prompt_length": cache.prompt_length,
+            "document": vars(facts),
+            "method": plan.method,
+            "options": plan.options,
+            "slots": {name: records.dump(getattr(plan, name), f"plan.{name}", tensors) for name in SLOTS},
+            "layers": layers,
+        }
+    except TypeError as error:
+        raise InputError("this plan's cache cannot be saved", got=str(error)) from error
+    files.write(path, header, tensors, force=force)
+    return facts
+
+
+def load(path: str, model: Model) -> SegmentCache:
+    """A cache that goes on from a snapshot; raises InputError when it is another model's, or damaged."""
+    header, tensors = files.read(path, kind="snapshot", schema=SCHEMA)
+    try:
+        slots = {name: records.load(header["slots"][name], tensors) for name in SLOTS}
+        plan = Plan(header["method"], header["model"], header["options"], **slots)
+        _check(header, model)
+        cache = SegmentCache(model, plan, protocol=header["protocol"], prompt_length=header["prompt_length"])
+        for layer, document in zip(cache.segments, header["layers"], strict=True):
+            _fill(layer, _placed(records.load(document, tensors), model.device))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is a damaged snapshot", got=f"{type(error).__name__}: {error}") from error
+    cache.finished = True
+    return cache
+
+
+def _facts(model: Model, cache: SegmentCache, tokens: torch.Tensor, document: str) -> Facts:
+    g = model.geometry
+    raw = 2 * g.layers * g.kv_heads * g.head_dim * len(tokens) * 2
+    origin = cache.segments[0].parts[0].origin
+    return Facts(document, len(tokens), files.digest(tokens.cpu()), origin, raw, cache.nbytes)
+
+
+def _check(header: dict[str, Any], model: Model) -> None:
+    for key, mine in header["model"].items():
+        if model.fingerprint.get(key) != mine:
+            raise InputError(
+                "the snapshot was made of another model", got=f"{key} = {model.fingerprint.get(key)}",
+                expected=f"{key} = {mine}", remedy="save the document again with this model",
+            )  # fmt: skip
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype != header["dtype"]:
+        raise InputError("the snapshot is of another dtype", got=dtype, expected=header["dtype"],
+                         remedy=f"load the model with --dtype {header['dtype']}")  # fmt: skip
+
+
+def _state(layer: SegmentLayer, seen: set[int]) -> Document:
+    (part,) = layer.parts
+    return {
+        "columns": layer.columns, "scale": layer.scale, "softcap": layer.softcap, "fed": part.fed,
+        "origin": part.origin, "lanes": tuple(dump(lane, seen) for lane in part.lanes),
+    }  # fmt: skip
+
+
+def _fill(layer: SegmentLayer, state: Document) -> None:
+    part = Part([0], 0, layer.make())
+    part.fed, part.origin = state["fed"], state["origin"]
+    for lane, document in zip(part.lanes, state["lanes"], strict=True):
+        fill(lane, document)
+    layer.parts = [part]
+    layer.columns, layer.scale, layer.softcap = state["columns"], state["scale"], state["softcap"]
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """A document whose tensors are on the model's device, codes unpacked for it; records stay as a plan has them."""
+    if isinstance(value, Codes):
+        return expanded(value).to(device)
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _placed(item, device) for key, item in value.items()}
+    return tuple(_placed(item, device) for item in value) if isinstance(value, tuple) else value

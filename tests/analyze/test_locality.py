@@ -1,0 +1,55 @@
+"""Windows are found where the mass was planted."""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool.analyze import locality
+from kvtool.statistics._base import bin_of
+from kvtool.trace import Trace
+from tests.analyze.traces import HEADS, TOKENS, blank
+
+
+def planted() -> Trace:
+    """Layer 0 looks at itself, layer 1 at distance 100, layer 2 at itself but for head 3, which looks 600 back; in
+    layer 1 half of the mass is a sink's."""
+    trace = blank("attention")
+    seen = trace["attention"]
+    seen["tokens"] += TOKENS
+    near, middle, far = (int(bin_of(torch.tensor(distance))) for distance in (0, 100, 600))
+    seen["distance"][0, :, near] = TOKENS
+    seen["distance"][1, :, middle] = 0.45 * TOKENS
+    seen["distance"][1, :, far] = 0.55 * TOKENS
+    seen["columns"][1, :, 0] = 0.5 * TOKENS
+    seen["distance"][2, : HEADS - 1, near] = TOKENS
+    seen["distance"][2, HEADS - 1, far] = TOKENS
+    return trace
+
+
+def test_the_planted_windows() -> None:
+    finding = locality.find(planted())
+    lines = [dict(zip(finding.columns, row, strict=True)) for row in finding.rows]
+    assert [line["recent 16"] for line in lines] == [1.0, 0.0, 0.75]
+    assert [line["recent 256"] for line in lines] == [1.0, 0.45, 0.75]
+    assert [line["recent 1024"] for line in lines] == [1.0, 1.0, 1.0]
+    assert [line["window"] for line in lines] == [1, 128, 725]  # borders are half octaves: 100 < 128, 600 < 724
+    assert [line["sink"] for line in lines] == [0.0, 0.5, 0.0]
+
+
+def test_the_head_that_looks_far() -> None:
+    trace = planted()
+    trace["attention"]["distance"][2, HEADS - 1] *= 0.2
+    trace["attention"]["distance"][2, HEADS - 1, 0] += 0.8 * TOKENS
+    finding = locality.find(trace)
+    line = dict(zip(finding.columns, finding.rows[2], strict=True))
+    assert (line["window"], line["worst"], line["of head"]) == (1, 0.8, f"2.{HEADS - 1}")
+    assert finding.data["worst_head"][2] == HEADS - 1
+    assert "nearest in 0, 2, 1" in finding.headline
+    assert "in 2 of 3 layers" in finding.headline
+
+
+def test_mass_that_no_window_holds() -> None:
+    trace = blank("attention")
+    trace["attention"]["tokens"] += TOKENS
+    trace["attention"]["distance"][..., -1] = TOKENS
+    assert [row[6] for row in locality.find(trace).rows] == ["–"] * 3
