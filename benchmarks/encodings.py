@@ -1,6 +1,6 @@
 """What encodings cost in quality: held-out text decoded under each, with the bits a coded number really takes.
 
-python benchmarks/encodings.py [--samples 4] [--prompt 1000] [--tokens 128] [--only kivi,kvquant]
+python benchmarks/encodings.py [--samples 4] [--prompt 1000] [--tokens 128] [--only kivi,kvquant] [--trace FILE]
 
 Each text is prefilled once, and every plan goes on from that. Bits are those of what left the raw window, from the
 buffers of the cache, each prompt's own bases included; bases that come with the plan are not.
@@ -30,7 +30,7 @@ from kvtool.options import build
 from kvtool.plan import Plan
 from kvtool.replay.forced import forced
 from kvtool.replay.tasks import text
-from kvtool.trace import Trace, statistic
+from kvtool.trace import Trace, read, statistic
 
 
 def coded(cache: SegmentCache) -> tuple[int, int]:
@@ -48,7 +48,7 @@ def coded(cache: SegmentCache) -> tuple[int, int]:
     return bits, numbers
 
 
-def plans(model: Model, only: set[str]) -> Iterator[tuple[str, str, str, Plan | str]]:
+def plans(model: Model, only: set[str], seen: str) -> Iterator[tuple[str, str, str, Plan | str]]:
     """(title, method, options, plan or why there is none)."""
     chosen = [(title, name, settings) for title, entries in CASES for name, settings in entries]
     chosen = [entry for entry in chosen if not only or entry[1] in only]
@@ -56,7 +56,7 @@ def plans(model: Model, only: set[str]) -> Iterator[tuple[str, str, str, Plan | 
     for _, name, settings in chosen:
         module = method(name)
         wanted |= set(reads(module, build(module.Options, settings, name)))
-    trace = _trace(model, wanted) if wanted else None
+    trace = read(seen) if seen else _trace(model, wanted) if wanted else None
     made: dict[str, Plan | str] = {}
     for title, name, settings in chosen:
         told = ", ".join(f"{key}={value}" for key, value in settings.items() if key not in WINDOW) or "defaults"
@@ -82,10 +82,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--only", default="")
+    parser.add_argument("--trace", default="", help="of kvtool profile, instead of a new one")
     asked = parser.parse_args()
     model = load("smollm2")
     options = text.Options(prompt=asked.prompt, tokens=asked.tokens, samples=asked.samples)
-    entries = list(plans(model, set(asked.only.split(",")) - {""}))
+    entries = list(plans(model, set(asked.only.split(",")) - {""}, asked.trace))
     scores: dict[str, list[dict[str, float]]] = {}
     held: dict[str, tuple[int, int]] = {}
     for sample in text.compared(model, options, asked.prompt, 0).samples:

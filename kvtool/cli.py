@@ -242,6 +242,43 @@ def compare(
 
 @app.command(epilog=(
     "\b\nExamples:"
+    "\n  kvtool cost smollm2 --plan smollm2.duo-50 --hardware h200 --lengths 4000,32000,128000"
+    "\n  kvtool cost ./model --plan kivi.plan --hardware my-gpu.yaml --batch 16 --figure cost.png"
+))  # fmt: skip
+def cost(
+    model: ModelName,
+    hardware: Annotated[str, typer.Option(
+        help="a100, h100, h200, l40s, mi300x, rtx-4090, or a YAML or JSON file with the fields of docs/cost.md."
+    )],
+    plan: Annotated[str | None, typer.Option(
+        help="A plan, - for stdin, or the name of one in calibrations/. Default: the full cache alone."
+    )] = None,
+    lengths: Annotated[str, typer.Option(help="Context lengths, tokens.")] = "1000,4000,16000,64000,128000",
+    batch: Annotated[int, typer.Option(help="Sequences that decode together in a step.")] = 1,
+    generate: Annotated[int, typer.Option(help="Tokens generated after each prompt, for tokens/s.")] = 250,
+    share: Annotated[float, typer.Option(help="Share of the memory that weights and caches may fill.")] = 0.9,
+    figure: Annotated[str | None, typer.Option(metavar="PATH", help="Draw the costs over context length.")] = None,
+    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "bfloat16", force: Force = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Say what serving costs on hardware that need not be here: users, prefill, decode step, context switch.
+
+    Times follow from the hardware's peaks and from the bytes that a cache of the plan really holds and reads. --device
+    is where that cache is filled, with random entries; --dtype what the model is served in.
+    """
+    from kvtool.commands import cost as cost_command
+
+    request = cost_command.Request(
+        model, plan, hardware, lengths, batch, generate, share, figure, seed, device, dtype, force
+    )
+    record = cost_command.run(request)
+    if as_json:
+        print(document(record))
+    elif figure is not None:
+        print(figure)
+
+
+@app.command(epilog=(
+    "\b\nExamples:"
     "\n  kvtool save smollm2 report.txt --plan smollm2.cachegen.plan.safetensors"
     "\n  kvtool save smollm2 default --tokens 1500 -o default.kv.safetensors"
 ))  # fmt: skip

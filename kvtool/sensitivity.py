@@ -1,10 +1,10 @@
-"""How much a layer's attention output changes under a plan, if that layer alone is compressed.
+"""How much a layer's attention output changes under plans, if that layer alone is compressed.
 
     e_l = mean over decode steps of  ‖(o_l − ô_l)·W_Oᵀ‖ / (‖o_l·W_Oᵀ‖ + ε)
 
 o is the output over the full cache, ô that over the plan's, for the same queries: those of the unchanged model, whose
-layers all go on from o. (CompressKV: Lin et al., arXiv 2508.02401.) It says nothing of how errors of
-several layers add up, nor of what they do to the logits.
+layers all go on from o. (CompressKV: Lin et al., arXiv 2508.02401.) So one prefill and one decode serve all plans. It
+says nothing of how errors of several layers add up, nor of what they do to the logits.
 """
 
 from __future__ import annotations
@@ -26,50 +26,53 @@ Progress = Callable[[int, int, str], None]
 EPSILON = 1e-5
 
 
-class _Pair(Layer):
-    """One layer twice: what the full cache gives goes on, and how far the plan's is from it is written down."""
+class _Beside(Layer):
+    """One layer many times: what the full cache gives goes on, and how far each plan's is from it is written down."""
 
-    def __init__(self, full: SegmentLayer, plan: SegmentLayer, projection: torch.Tensor):
+    def __init__(self, full: SegmentLayer, plans: Sequence[SegmentLayer], projection: torch.Tensor):
         super().__init__()
-        self.full, self.plan, self.projection = full, plan, projection
-        self.errors: list[float] = []
+        self.full, self.plans, self.projection = full, plans, projection.float()
+        self.errors: list[list[float]] = []
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        whole, less = (layer.attend(q, k, v, call) for layer in (self.full, self.plan))
-        size, change = (self._projected(x).norm() for x in (whole, whole - less))
-        self.errors.append(float(change / (size + EPSILON)))
+        whole = self.full.attend(q, k, v, call)
+        size = self._size(whole) + EPSILON
+        self.errors.append([self._size(whole - plan.attend(q, k, v, call)) / size for plan in self.plans])
         return whole
 
-    def _projected(self, x: torch.Tensor) -> torch.Tensor:
-        """[1,H,1,D] → [hidden]."""
-        return self.projection.float() @ x.float().flatten()
+    def _size(self, x: torch.Tensor) -> float:
+        """[1,H,1,D] → the length of what the output projection makes of it."""
+        return float((self.projection @ x.float().flatten()).norm())
 
     def get_seq_length(self) -> int:
         return self.full.get_seq_length()
 
 
-def errors(model: Model, plan: Plan, samples: Sequence[Sample], progress: Progress) -> torch.Tensor:
-    """fp64 [N,L], one row a sample. Prompts are prefilled densely, and their answers decoded with the true tokens."""
+def errors(model: Model, plans: Sequence[Plan], samples: Sequence[Sample], progress: Progress) -> torch.Tensor:
+    """fp64 [N,P,L], by sample and plan. Prompts are prefilled densely, and their answers decoded with the true
+    tokens."""
     rows = []
     for done, sample in enumerate(samples, 1):
         assert sample.answer is not None
         tokens = torch.cat([sample.tokens, sample.answer])[None].to(model.device)
-        rows.append(_errors(model, plan, tokens, len(sample.tokens) - 1))
+        rows.append(_errors(model, plans, tokens, len(sample.tokens) - 1))
         progress(done, len(samples), f"{sample.kind} of {len(sample.tokens)} tokens")
     return torch.stack(rows)
 
 
-def _errors(model: Model, plan: Plan, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
-    """tokens int64 [1,T], of which the first `prompt` are prefilled, and all but the last of the others decoded."""
-    full, thin = SegmentCache(model), SegmentCache(model, plan, prompt_length=prompt)
-    full.record_for(plan)
+def _errors(model: Model, plans: Sequence[Plan], tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+    """tokens int64 [1,T], of which the first `prompt` are prefilled, and all but the last of the others decoded;
+    fp64 [P,L]."""
+    full, thin = SegmentCache(model), [SegmentCache(model, plan, prompt_length=prompt) for plan in plans]
+    full.record_for(*plans)
     with model.served(), torch.no_grad():
         model.network.base_model(input_ids=tokens[:, :prompt], past_key_values=full)
-        thin.adopt(full)
-        pairs: list[Any] = [
-            _Pair(mine, theirs, model.output_projection(layer))
-            for layer, (mine, theirs) in enumerate(zip(full.segments, thin.segments, strict=True))
+        for cache in thin:
+            cache.adopt(full)
+        layers: list[Any] = [
+            _Beside(mine, [cache.segments[layer] for cache in thin], model.output_projection(layer))
+            for layer, mine in enumerate(full.segments)
         ]
         for at in range(prompt, tokens.shape[1] - 1):
-            model.network.base_model(input_ids=tokens[:, at : at + 1], past_key_values=Cache(layers=pairs))
-    return torch.tensor([sum(pair.errors) / len(pair.errors) for pair in pairs], dtype=torch.float64)
+            model.network.base_model(input_ids=tokens[:, at : at + 1], past_key_values=Cache(layers=layers))
+    return torch.tensor([layer.errors for layer in layers], dtype=torch.float64).mean(1).T

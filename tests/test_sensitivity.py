@@ -27,7 +27,7 @@ def windowed(model: Model, recent: int) -> Plan:
 
 def test_against_attention_written_out() -> None:
     model, recent = models.double("llama"), 9
-    got = sensitivity.errors(model, windowed(model, recent), [SAMPLE], lambda *_: None)[0]
+    got = sensitivity.errors(model, [windowed(model, recent)], [SAMPLE], lambda *_: None)[0, 0]
     for index, layer in enumerate(written_down(model, IDS)):
         each = []
         for row in range(35, 39):  # the prompt's last token and all but the last of the answer
@@ -43,8 +43,10 @@ def test_against_attention_written_out() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox"])
 def test_nothing_dropped_no_error(name: str) -> None:
     model = models.shared(name)
-    zero = sensitivity.errors(model, windowed(model, 60), [SAMPLE], lambda *_: None)
-    close(zero, torch.zeros(1, model.geometry.layers), torch.float32)
-    some = sensitivity.errors(model, ragged(model), [SAMPLE, SAMPLE], lambda *_: None)
-    assert float(some.max()) > 0.1
-    close(some[0], some[1])
+    plans = [windowed(model, 60), ragged(model)]
+    found = sensitivity.errors(model, plans, [SAMPLE, SAMPLE], lambda *_: None)
+    close(found[:, 0], torch.zeros(2, model.geometry.layers), torch.float32)
+    assert float(found[:, 1].max()) > 0.1
+    close(found[0], found[1])
+    alone = sensitivity.errors(model, plans[1:], [SAMPLE], lambda *_: None)
+    close(found[0, 1], alone[0, 0])

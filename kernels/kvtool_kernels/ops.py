@@ -71,7 +71,10 @@ def attend_scored(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of one token over one segment with its log-sum-exp and its logits; see `attend/reference.py`."""
-    return _on_cpu(q, _attend_cpu, _attend_reference).scored(q, k, v, scale=scale, softcap=softcap)
+    if q.device.type == "cpu":
+        return _attend_cpu.scored(q, k, v, scale=scale, softcap=softcap)
+    made = attend(q, k, v, scale=scale, softcap=softcap)
+    return *made, _attend_reference.logits(q, k, scale=scale, softcap=softcap)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

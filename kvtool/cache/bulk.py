@@ -409,6 +409,9 @@ class Bulk(Lane):
         raw = sum(segment.read_bytes() for segment in self._everything() if segment is not self.bulk)
         return raw + (self.bulk.read_bytes() if self.reader is None else self.reader.read_bytes(self.bulk))
 
+    def slow_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.bulk.buffers()) if self.bulk.slow else 0
+
     def moved_bytes(self) -> int:
         return self.bulk.moved
 

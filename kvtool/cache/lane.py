@@ -88,6 +88,10 @@ class Lane(ABC):
     def read_bytes(self) -> int:
         """Bytes of entries that one decode step reads."""
 
+    def slow_bytes(self) -> int:
+        """Bytes held in slower memory."""
+        return 0
+
     def moved_bytes(self) -> int:
         """Bytes brought from slower memory so far."""
         return 0

@@ -175,14 +175,11 @@ class SegmentCache(Cache):
         for layer, (k, v) in zip(self.segments, entries, strict=True):
             layer.insert(k, v)
 
-    def record_for(self, plan: Plan) -> None:
-        """Keep the queries, and with any the tokens, that a cache of `plan` needs to adopt this one."""
-        spec = plan.keep.select if plan.keep is not None else None
-        tokens = plan.read is not None and plan.read.cut == "tokens"
-        fitted = 0 if plan.store is None else plan.store.observed
-        each = [int(tokens), 0 if spec is None else _recorded(spec), fitted]
+    def record_for(self, *plans: Plan) -> None:
+        """Keep the queries, and with any the tokens, that caches of these plans need to adopt this one."""
+        each = [need for plan in plans for need in _records(plan)]
         for layer in self.segments:
-            layer.record = -1 if -1 in each else max(each)
+            layer.record = -1 if -1 in each else max(each, default=0)
 
     def adopt(self, full: SegmentCache) -> None:
         """Start from a prompt (unpadded) that the full cache `full` was fed at once.
@@ -207,6 +204,11 @@ class SegmentCache(Cache):
         return sum(lane.read_bytes() for lane in self._all()) + self._inserted
 
     @property
+    def slow_bytes(self) -> int:
+        """Of the bytes held, those in slower memory."""
+        return sum(lane.slow_bytes() for lane in self._all())
+
+    @property
     def _inserted(self) -> int:
         return sum(x.nbytes for layer in self.segments for x in layer.inserted)
 
@@ -227,6 +229,14 @@ class SegmentCache(Cache):
 
     def _all(self) -> Iterator[Lane]:
         return (lane for layer in self.segments for lane in layer.lanes())
+
+
+def _records(plan: Plan) -> list[int]:
+    """How many of a prompt's newest queries each of a plan's slots looks at; −1 all."""
+    spec = plan.keep.select if plan.keep is not None else None
+    tokens = plan.read is not None and plan.read.cut == "tokens"
+    fitted = 0 if plan.store is None else plan.store.observed
+    return [int(tokens), 0 if spec is None else _recorded(spec), fitted]
 
 
 def _recorded(spec: Select) -> int:

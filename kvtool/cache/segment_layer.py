@@ -129,6 +129,14 @@ class SegmentLayer(Layer):
         self.parts[0].absorb(q, k, v, self._step(self.parts[0], tokens))
         self.columns += k.shape[2]
 
+    def fill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> None:
+        """As `attend`, of one row's first tokens, but attending to nothing: a cache of the full plan holds the same."""
+        self.scale, self.softcap = call.scale, call.softcap
+        self._admit(len(k), k.shape[2])
+        if self.record:
+            self._remember(q, call.tokens)
+        self.absorb(q, k, v, call.tokens)
+
     def settle(self) -> None:
         """The prompt is in: lanes that still wait for its end go on."""
         for lane in self.lanes():

@@ -186,9 +186,8 @@ class Dense(Segment):
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.k is not None
         assert self.v is not None
-        index = entries_of(units, unit)[..., None].to(self.k.device)
-        k, v = (self._fetch(x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))) for x in (self.k, self.v))
-        return k, v
+        units = units.to(self.k.device)
+        return self._fetch(_rows(self.k, units, unit)), self._fetch(_rows(self.v, units, unit))
 
     def buffers(self) -> Iterator[torch.Tensor]:
         if self.k is not None and self.v is not None:
@@ -211,6 +210,16 @@ class Dense(Segment):
 def entries_of(units: torch.Tensor, unit: int) -> torch.Tensor:
     """int64 [B,K,M] units → their entries [B,K,M·unit]."""
     return (units[..., None] * unit + torch.arange(unit, device=units.device)).flatten(2)
+
+
+def _rows(x: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
+    """x [B,K,S,D], int64 units [B,K,M] → their entries [B,K,M·unit,D]; whole rows are copied faster than elements."""
+    batch, kv_heads, room, width = x.shape
+    if room % unit:
+        units, unit = entries_of(units, unit), 1
+    first = torch.arange(batch * kv_heads, device=x.device).reshape(batch, kv_heads, 1) * (room // unit)
+    taken = x.reshape(-1, unit * width).index_select(0, (units + first).flatten())
+    return taken.reshape(batch, kv_heads, -1, width)
 
 
 def _append(buffer: torch.Tensor | None, new: torch.Tensor, start: int, most: int | None) -> torch.Tensor:

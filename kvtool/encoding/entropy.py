@@ -11,8 +11,8 @@ Frequencies are per row, a channel say, or one table for all rows, whichever tak
 holds weights, round(63·√(count/largest)) but at least 1 for what occurs, and f ∝ weight²: less than 0.01 bits a code
 above the entropy. Tables of rows are entropy-coded in turn.
 
-It knows no caches. The loops are compiled by Numba on first use. No library does this for us because the bytes must
-mean the same in years to come: those at hand take probabilities in floating point and round them as they please.
+It knows no caches. The loops are compiled by Numba on first use. They are ours so that a file means the same in years
+to come: from weight to frequency all is whole numbers, and no library's rounding of probabilities is in the format.
 
 Shapes: R rows, N codes of each, A codes that may occur.
 """

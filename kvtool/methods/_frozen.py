@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.base import Sample
-from kvtool.corpus.text import text
-from kvtool.errors import InputError
 from kvtool.methods._base import Context
-from kvtool.plan import Plan
+from kvtool.methods._filled import filled
+from kvtool.methods._prompts import texts
 from kvtool.slots import Keep
 
 
@@ -34,23 +32,13 @@ def frozen(context: Context, keep: Keep, *, samples: int, tokens: int) -> tuple[
 
 def kept(context: Context, keep: Keep, *, samples: int, tokens: int) -> torch.Tensor:
     """fp32 [L,K]: the share of a text's entries that stays, on average."""
-    if context.model is None:
-        raise InputError("budgets are calibrated on the model", remedy="pass the model instead of a trace")
-    corpus = text(context.model, ["default"], tokens=tokens, samples=samples, seed=context.seed, half="calibration")
-    return measured(context, keep, corpus.samples)
+    return measured(context, keep, texts(context, samples=samples, tokens=tokens))
 
 
 def measured(context: Context, keep: Keep, samples: Sequence[Sample]) -> torch.Tensor:
     """fp32 [L,K]: the share of these prompts' entries that stays, on average."""
-    model = context.model
-    assert model is not None
-    plan = Plan("frozen", model.fingerprint, keep=keep)
     total = torch.zeros(context.geometry.layers, context.geometry.kv_heads)
-    for number, sample in enumerate(samples):
-        cache = SegmentCache(model, plan, prompt_length=len(sample.tokens))
-        with model.served(), torch.no_grad():
-            model.network.base_model(input_ids=sample.tokens[None].to(model.device), past_key_values=cache)
+    for sample, cache in zip(samples, filled(context, keep, samples, "budgets"), strict=True):
         cache.finish()
         total += cache.entries() / len(sample.tokens)
-        context.progress(number + 1, len(samples), "budgets")
     return (total / len(samples)).clamp(max=1.0)

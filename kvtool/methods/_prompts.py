@@ -1,10 +1,11 @@
-"""Prompts for methods that calibrate on what a model does with text and with a question, by turns of half and half.
+"""Prompts for methods that calibrate on what a model does with text, or with text and a question, half and half.
 
 Texts come from the default text, passkeys lie in the same: the half of it that no replay reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kvtool.corpus.base import Sample
@@ -20,13 +21,17 @@ DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)  # where passkeys lie, in turn
 def prompts(context: Context, *, samples: int, tokens: int, steps: int = 1) -> list[Sample]:
     """`samples` prompts of `tokens` tokens, each with an `answer`: what follows in the text, `steps` tokens of it, or
     the passkey; one text more where they are odd. Raises InputError without a model."""
+    read = texts(context, samples=samples - samples // 2, tokens=tokens + steps)
+    made = [replace(s, tokens=s.tokens[:tokens], answer=s.tokens[tokens:]) for s in read]
+    assert context.model is not None
+    return made + [_key(context.model, tokens, at, context.seed + at) for at in range(samples // 2)]
+
+
+def texts(context: Context, *, samples: int, tokens: int) -> Sequence[Sample]:
+    """`samples` texts of `tokens` tokens. Raises InputError without a model."""
     if context.model is None:
         raise InputError("this calibration runs the model", remedy="pass the model instead of a trace")
-    corpus = text(
-        context.model, tokens=tokens + steps, samples=samples - samples // 2, seed=context.seed, half="calibration"
-    )
-    made = [replace(s, tokens=s.tokens[:tokens], answer=s.tokens[tokens:]) for s in corpus.samples]
-    return made + [_key(context.model, tokens, at, context.seed + at) for at in range(samples // 2)]
+    return text(context.model, tokens=tokens, samples=samples, seed=context.seed, half="calibration").samples
 
 
 def _key(model: Model, tokens: int, at: int, seed: int) -> Sample:

@@ -25,11 +25,9 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool import sensitivity
 from kvtool.methods._base import Context, Decision, odd, thinned
-from kvtool.methods._prompts import prompts
+from kvtool.methods._layers import by_score, errors
 from kvtool.options import at_least
-from kvtool.plan import Plan
 from kvtool.slots import Keep
 
 STATISTICS = ("retrieval",)
@@ -77,12 +75,12 @@ def calibrate(context: Context, options: Options) -> Decision:
     keep = _keep(context, options, votes, options.budget)
     if options.layers == "equal" or (keep.select is not None and keep.select.lossless):
         return Decision(keep, evidence, facts)
-    error = _errors(context, options, votes)
-    scale = options.tokens if options.budget <= 1 else 1
-    budget, cap = round(options.budget * scale), options.tokens if options.budget <= 1 else 1 << 31
-    shares = torch.tensor(allotted(error.tolist(), budget, floor=options.floor, cap=cap)).float() / scale
-    keep = _keep(context, options, votes, shares[:, None].repeat(1, context.geometry.kv_heads))
-    return Decision(keep, {**evidence, "error": error.float()}, facts)
+    probe = _keep(context, options, votes, float(options.probe))
+    each = errors(context, [probe], samples=options.samples, tokens=options.tokens, steps=options.steps)[:, 0]
+    total = each.sum(1, keepdim=True)
+    error = torch.where(total > 0, each / total.clamp_min(1e-30), 1 / each.shape[1]).mean(0)
+    budget = by_score(context, error, options.budget, floor=options.floor, tokens=options.tokens)
+    return Decision(_keep(context, options, votes, budget), {**evidence, "error": error.float()}, facts)
 
 
 def voting(mass: torch.Tensor, heads: int) -> torch.Tensor:
@@ -96,30 +94,3 @@ def _keep(context: Context, options: Options, votes: torch.Tensor, budget: float
         context, budget, observed=options.window, pool=options.pool, kernel=options.kernel, weights=votes, alike=True,
         recent=options.window,
     )  # fmt: skip
-
-
-def _errors(context: Context, options: Options, votes: torch.Tensor) -> torch.Tensor:
-    """fp64 [L], 1 in sum: the mean over prompts of each one's errors, which are 1 in sum."""
-    assert context.model is not None
-    plan = Plan("probe", context.model.fingerprint, keep=_keep(context, options, votes, float(options.probe)))
-    samples = prompts(context, samples=options.samples, tokens=options.tokens, steps=options.steps)
-    each = sensitivity.errors(context.model, plan, samples, context.progress)
-    total = each.sum(1, keepdim=True)
-    return torch.where(total > 0, each / total.clamp_min(1e-30), 1 / each.shape[1]).mean(0)
-
-
-def allotted(error: list[float], budget: int, *, floor: int, cap: int) -> list[int]:
-    """Entries of each layer, by errors that are 1 in sum: `budget` in the mean, at least `floor` and at most three
-    times the budget, or the cap. What rounding and clipping leave is dealt out one by one: given to the layers that
-    err most, or taken from those that err least."""
-    layers, floor, cap = len(error), min(floor, budget), max(budget, min(3 * budget, cap))
-    spare = (budget - floor) * layers
-    counts = [min(cap, floor + round(score * spare)) for score in error]
-    order = sorted(range(layers), key=lambda layer: -error[layer])
-    while (missing := budget * layers - sum(counts)) > 0:
-        for layer in [layer for layer in order if counts[layer] < cap][:missing]:
-            counts[layer] += 1
-    while (over := sum(counts) - budget * layers) > 0:
-        for layer in [layer for layer in reversed(order) if counts[layer] > floor][:over]:
-            counts[layer] -= 1
-    return counts

@@ -50,6 +50,10 @@ class Options:
         at_least(0, self, "sink", "epsilon")
 
 
+def reads(options: Options) -> tuple[str, ...]:
+    return STATISTICS if options.mode == "calibrated" else ()
+
+
 def at(budget: float) -> dict[str, Any]:
     return {"budget": budget}
 

@@ -24,16 +24,15 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.cache.bulk import Bulk
-from kvtool.cache.lane import Step
 from kvtool.cache.runs import links, needed, sole
-from kvtool.cache.segment_cache import SegmentCache
-from kvtool.corpus.text import text
+from kvtool.cache.scores._base import View
+from kvtool.cache.selector import Selector
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, share, thinned
+from kvtool.methods._filled import filled, selecting
+from kvtool.methods._prompts import texts
 from kvtool.options import at_least
-from kvtool.plan import Plan
-from kvtool.slots import Keep, Select
+from kvtool.slots import Keep
 
 STATISTICS = ()
 MODEL = False
@@ -94,30 +93,20 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 def thresholds(context: Context, keep: Keep, samples: int, tokens: int) -> torch.Tensor:
     """fp32 [L,K]: the ε that meets the budget, on average over texts; 1, which joins nothing, where all is kept."""
-    model, select = context.model, keep.select
-    assert select is not None
-    if model is None:
-        raise InputError("thresholds are calibrated on the model", remedy="pass the model instead of a trace")
-    corpus = text(model, ["default"], tokens=tokens, samples=samples, seed=context.seed, half="calibration")
+    read = texts(context, samples=samples, tokens=tokens)
     total = torch.zeros(context.geometry.layers, context.geometry.kv_heads)
-    for number, sample in enumerate(corpus.samples):
-        cache = SegmentCache(model, Plan("kvmerger", model.fingerprint, keep=keep))
-        with model.served(), torch.no_grad():
-            model.network.base_model(input_ids=sample.tokens[None].to(model.device), past_key_values=cache)
-        total += _needed(cache, select)
-        context.progress(number + 1, len(corpus.samples), "thresholds")
-    return total / len(corpus.samples)
+    for cache in filled(context, keep, read, "thresholds"):
+        found = torch.ones_like(total)
+        for layer, selector, view in selecting(cache):
+            found[layer, selector.heads] = _needed(selector, view)
+        total += found
+    return total / len(read)
 
 
-def _needed(cache: SegmentCache, select: Select) -> torch.Tensor:
-    found = torch.ones(select.budget.shape)
-    for number, layer in enumerate(cache.segments):
-        for lane in layer.parts[0].lanes:
-            if not isinstance(lane, Bulk) or lane.selector is None:
-                continue
-            selector, view = lane.selector, lane.view(Step(0, layer.scale, layer.softcap))
-            entries = view.k.shape[2]
-            count = selector.limits(entries)[0]
-            alone = sole(selector.scores(view), count, selector.free(entries), float(select.settings["heavy"]))
-            found[number, lane.heads] = needed(links(view.k, alone), count)[0].cpu()
-    return found
+def _needed(selector: Selector, view: View) -> torch.Tensor:
+    """ε of each of the selector's heads."""
+    entries = view.k.shape[2]
+    count = selector.limits(entries)[0]
+    heavy = float(selector.spec.settings["heavy"])
+    alone = sole(selector.scores(view), count, selector.free(entries), heavy)
+    return needed(links(view.k, alone), count)[0].cpu()

@@ -26,11 +26,11 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.cache.scored import scored
 from kvtool.corpus.base import piece
-from kvtool.corpus.text import text
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, best, full_attention, share, thinned
+from kvtool.methods._filled import filled, scores
+from kvtool.methods._prompts import texts
 from kvtool.options import at_least
 from kvtool.slots import Keep
 
@@ -87,23 +87,21 @@ def calibrate(context: Context, options: Options) -> Decision:
     )  # fmt: skip
     if options.mode == "prompt":
         return Decision(keep)
-    scores = heads(context, options, keep)
+    found = heads(context, options, keep)
     eligible = full_attention(context.geometry)
-    full = best(scores, round(options.full * int(eligible.sum())), eligible, context.seed) | ~eligible
+    full = best(found, round(options.full * int(eligible.sum())), eligible, context.seed) | ~eligible
     return Decision(
-        Keep.heads(full, sink=options.sink, recent=options.recent), {"score": scores},
+        Keep.heads(full, sink=options.sink, recent=options.recent), {"score": found},
         {"full_heads": int((full & eligible).sum())},
     )  # fmt: skip
 
 
 def heads(context: Context, options: Options, keep: Keep) -> torch.Tensor:
     """fp32 [L,K]: what a head's best entry scores, mean over texts; 0 in layers that nothing thins."""
-    assert context.model is not None
-    corpus = text(context.model, tokens=options.tokens, samples=options.samples, seed=context.seed, half="calibration")
+    read = texts(context, samples=options.samples, tokens=options.tokens)
     total = torch.zeros(context.geometry.layers, context.geometry.kv_heads)
-    for number, sample in enumerate(corpus.samples):
-        for layer, scores in enumerate(scored(context.model, keep, sample.tokens)):
-            if scores is not None:
-                total[layer] += scores[:, options.sink :].amax(1).float().cpu() / len(corpus.samples)
-        context.progress(number + 1, len(corpus.samples), "heads")
+    for cache in filled(context, keep, read, "heads"):
+        for layer, found in enumerate(scores(cache, keep)):
+            if found is not None:
+                total[layer] += found[:, options.sink :].amax(1).float().cpu() / len(read)
     return total

@@ -22,15 +22,15 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.cache.scored import scored
-from kvtool.corpus.text import text
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, share, thinned
+from kvtool.methods._filled import filled, scores
+from kvtool.methods._prompts import texts
 from kvtool.options import at_least
 from kvtool.slots import Keep
 
 STATISTICS = ()
-MODEL = True
+MODEL = False
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,11 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 def thresholds(context: Context, options: Options, keep: Keep) -> torch.Tensor:
     """fp32 [L]: what the best `budget` of all texts' entries score in each layer; 0 where nothing is thinned."""
-    if context.model is None:
-        raise InputError("mpcache scores prompts", remedy="pass the model, or a trace that names it")
     pooled: list[list[torch.Tensor]] = [[] for _ in range(context.geometry.layers)]
-    corpus = text(context.model, tokens=options.tokens, samples=options.samples, seed=context.seed, half="calibration")
-    for number, sample in enumerate(corpus.samples):
-        for layer, scores in enumerate(scored(context.model, keep, sample.tokens)):
-            pooled[layer] += [] if scores is None else [scores[0].float().cpu()]
-        context.progress(number + 1, len(corpus.samples), "thresholds")
+    read = texts(context, samples=options.samples, tokens=options.tokens)
+    for cache in filled(context, keep, read, "thresholds"):
+        for layer, found in enumerate(scores(cache, keep)):
+            pooled[layer] += [] if found is None else [found[0].float().cpu()]
     return torch.stack([_border(torch.cat(each), options.budget) if each else torch.zeros(()) for each in pooled])
 
 

@@ -30,7 +30,7 @@ from kvtool.options import at_least
 from kvtool.slots import Keep
 
 STATISTICS = ()
-MODEL = True
+MODEL = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ every entry that leaves the raw window is encoded, those of later tokens in the 
 is ours, takes bases from texts; and a layer whose entries are large does not take the whole rank (normalise, ours too).
 A token's entries wait in the raw window until the last layer of the group has written its own. Layers with a sliding
 window of their own stay raw, and the rest of a run that n does not divide forms a smaller group. Ranks as in the
-release for Llama-3.1-8B: 512 and 768 of 4096.
+release for Llama-3.1-8B: 512 and 768 of 4096. The first entries, which much attention meets and no basis of all tokens
+fits, stay raw, which is ours too.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Options:
     normalise: bool = True
     recent: int = 32
     block: int = 32
-    sink: int = 0
+    sink: int = 4
 
     def __post_init__(self) -> None:
         at_least(0, self, "recent", "sink")

@@ -2,8 +2,8 @@
 
 `k`, `v` [L−1,K,11]: sums over tokens of ‖x¹ − x̂¹‖² + ‖x² − x̂²‖² at t = 0, 0.1, …, 1, where x̂ⁱ = ‖xⁱ‖·e and e lies on
 the arc from x¹ to x² at t: 2‖x¹‖²(1 − cos tΩ) + 2‖x²‖²(1 − cos (1 − t)Ω) (MiniCache, arXiv 2405.14366). `k_energy`,
-`v_energy` [L−1,K]: sums of ‖x¹‖² + ‖x²‖². RoPE turns both alike, so keys may be either side of it. Tokens are weighted if the profile
-weighs them, as the upper layer does.
+`v_energy` [L−1,K]: sums of ‖x¹‖² + ‖x²‖². RoPE turns both alike, so keys may be either side of it. Tokens are weighted
+if the profile weighs them, as the upper layer does.
 """
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ def _attention(  # noqa: C901 (the definition in one piece, to be read from top 
                 logits = softcap * torch.tanh(logits / softcap)
             if compensate and dropped:
                 logits[:, -1] += torch.tensor(float(len(dropped))).log()
-            if reading is not None and (run.strict or run.alone[row]):
+            waits = keep is not None and keep.select is not None and row < run.prompt  # a prompt to be selected from
+            if reading is not None and (run.alone[row] or (run.strict and not waits)):
                 raw, held = (key[0, head], value[0, head]), (k_row[0, 0], v_row[0, 0])
                 logits, v = reading.row(row, seen, q[0, :, 0], raw, held, logits, v)
             if (head, row) in entries and everything:

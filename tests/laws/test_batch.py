@@ -90,7 +90,10 @@ def expanded(model: Model) -> Model:
 def _copied(store: Store, group: int) -> Store:
     kv_heads = store.index.shape[1]
     copies = [head for head in range(kv_heads) for _ in range(group)]
-    sides = {side: tuple(e.heads(copies, kv_heads) for e in getattr(store, side)) for side in ("keys", "values")}
+    sides = {
+        side: tuple(e if e.mixes else e.heads(copies, kv_heads) for e in getattr(store, side))
+        for side in ("keys", "values")
+    }
     older = None if store.older is None else _copied(store.older, group)
     return dataclasses.replace(store, index=store.index.repeat_interleave(group, 1), older=older, **sides)
 

@@ -9,7 +9,8 @@ import torch
 
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
-from kvtool.methods.compresskv import allotted, voting
+from kvtool.methods._layers import allotted
+from kvtool.methods.compresskv import voting
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import Select

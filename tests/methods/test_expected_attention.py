@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvtool.cache.scored import scored
 from kvtool.cache.scores._base import View
 from kvtool.cache.scores.expected import expected, score
 from kvtool.calibrate import calibrate
 from kvtool.corpus.base import Sample, gather
+from kvtool.methods._filled import scored
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.profile import profile

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kvtool.cache.rebuild import OVERLAP, rebuild
-from kvtool.cache.scored import scored
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError
+from kvtool.methods._filled import scored
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests import models

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.scored import scored
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.corpus.text import text
 from kvtool.errors import InputError
+from kvtool.methods._filled import scored
 from kvtool.plan import Plan
 from tests import models
 from tests.methods.evicting import D, H, K, lane, prompted, select

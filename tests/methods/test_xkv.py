@@ -112,7 +112,7 @@ def test_each_prompt_makes_its_own_basis() -> None:
     model = models.double("llama")
     g = model.geometry
     width = 3 * g.kv_heads * g.head_dim
-    options = dict(mode="prompt", layers=3, rank_k=0.5, rank_v=0.25, normalise=False, recent=2, block=8)
+    options = dict(mode="prompt", layers=3, rank_k=0.5, rank_v=0.25, normalise=False, recent=2, block=8, sink=0)
     plan = calibrate("xkv", options, model=model)
     cache, full = SegmentCache(model, plan), SegmentCache(model)
     ids = random_ids(2, 42, seed=3)

@@ -15,7 +15,7 @@ from kvtool_kernels.attend import reference
 from kvtool_kernels.merge.reference import merge
 
 LONG = 768  # entries from which on the loops are quicker than the flash kernel
-FEW = 256  # entries below which plain operations are quicker than the loops
+FEW = 256  # entries from which on the loops, which know the logits, are quicker than the flash kernel and a product
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -60,12 +60,12 @@ def scored(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.scored`."""
-    batch, heads, entries = q.shape[0], q.shape[1], k.shape[2]
-    if entries < FEW or heads // k.shape[1] > AT_ONCE or q.dtype == torch.float64 or not served(q, k, v):
-        return reference.scored(q, k, v, scale=scale, softcap=softcap)
+    entries, group = k.shape[2], q.shape[1] // k.shape[1]
+    if entries < FEW or group > AT_ONCE or q.dtype != torch.float32 or not served(q, k, v):
+        return *attend(q, k, v, scale=scale, softcap=softcap), reference.logits(q, k, scale=scale, softcap=softcap)
     from kvtool_kernels._native import launch  # only where it pays: Numba is slow to import
 
-    logits = torch.empty(batch, heads, 1, entries)
+    logits = torch.empty(*q.shape[:3], entries)
     out, lse = launch.attend(q, k, v, scale=scale, softcap=softcap, logits=logits)
     return out, lse, logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

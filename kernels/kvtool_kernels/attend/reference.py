@@ -17,15 +17,15 @@ from kvtool_kernels.precision import wide
 def scored(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`attend` for one token, without a bias, and its capped logits, fp32 [B,H,1,S] (fp64 for fp64)."""
-    batch, heads, _, width = q.shape
-    grouped = wide(q).reshape(batch, k.shape[1], heads // k.shape[1], width)
-    logits = (scale * grouped) @ wide(k).mT
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    out = torch.softmax(logits, -1) @ wide(v)
-    lse, one = torch.logsumexp(logits, -1), (batch, heads, 1)
-    return out.reshape(*one, v.shape[-1]).to(q.dtype), lse.reshape(one), logits.reshape(*one, k.shape[2])
+    """`attend` for one token, without a bias, and its `logits`."""
+    return *attend(q, k, v, scale=scale, softcap=softcap), logits(q, k, scale=scale, softcap=softcap)
+
+
+def logits(q: torch.Tensor, k: torch.Tensor, *, scale: float, softcap: float | None = None) -> torch.Tensor:
+    """q [B,H,1,D] with k [B,K,S,D], scaled and capped, [B,H,1,S] in fp32 at least."""
+    grouped = scale * wide(q).reshape(len(q), k.shape[1], -1, q.shape[-1])
+    found = (grouped @ wide(k).mT).reshape(*q.shape[:3], k.shape[2])
+    return found if softcap is None else softcap * torch.tanh(found / softcap)
 
 
 def attend(

@@ -4,20 +4,19 @@
 
 τ is `Select.temperature` for the prompt and `Select.warming` more at every step. Noise differs by layer, KV head and
 step, and is the same for every row of a batch. A draw for each i and j would cost more than attention does: there is
-one table of draws, which every block of queries reads from a place that is drawn anew, its rows at even distances. So
-an entry meets other draws in every row, and only distant entries of different rows may share one. [B,H,S] fp32.
+one table of draws, made when a plan first names this rule, which every block of queries reads from a place that is
+drawn anew, its rows at even distances. So an entry meets other draws in every row, and only distant entries of
+different rows may share one. [B,H,S] fp32.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 
 from kvtool.cache.scores._base import Noise, View, paid
 
 SEES = "queries"
-DRAWS = 2**21  # of the table, for rows of up to a quarter of that
+TABLE = -torch.empty(2**21).exponential_(generator=torch.Generator().manual_seed(0)).log_()
 
 
 def score(view: View) -> torch.Tensor:
@@ -26,7 +25,8 @@ def score(view: View) -> torch.Tensor:
 
 def noise(view: View) -> Noise:
     """The noise of the view's heads, block by block."""
-    draws, table = view.draws(), gumbel(view.spec.seed, max(DRAWS, 4 * view.k.shape[2]))
+    draws, times = view.draws(), -(-4 * view.k.shape[2] // len(TABLE))
+    table = TABLE if times == 1 else TABLE.repeat(times)
 
     def block(shape: torch.Size) -> torch.Tensor:
         rows, entries = shape[2:]
@@ -39,9 +39,3 @@ def noise(view: View) -> Noise:
         return each[0] if len(each) == 1 else torch.cat(each)
 
     return block
-
-
-@lru_cache(maxsize=1)
-def gumbel(seed: int, count: int) -> torch.Tensor:
-    """So many draws, fp32 [count]."""
-    return -torch.empty(count).exponential_(generator=torch.Generator().manual_seed(seed)).log_()

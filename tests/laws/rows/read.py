@@ -18,7 +18,7 @@ ROWS = {
             dict(budget=5, channels=3, bits=0, rank="pair", heads="each", dense=0, sink=2, recent=1),
         ),
         lossless=(dict(budget=1.0, channels=8), dict(recent=900, channels=8)),
-        ladder=tuple(dict(budget=share, channels=128, dense=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
+        ladder=tuple(dict(budget=share, channels=8, dense=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
     ),
     "louiskv": Row(
         tiny=(
@@ -27,7 +27,7 @@ ROWS = {
         ),
         lossless=(dict(budget=1.0, unit=4), dict(recent=900)),
         ladder=tuple(
-            dict(budget=share, unit=4, rate=1.0, period=1, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)
+            dict(budget=share, unit=8, rate=0.0, period=9, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)
         ),
     ),
     "sentencekv": Row(
@@ -35,7 +35,7 @@ ROWS = {
             dict(budget=0.3, factor=2, marks=MARKS, sink=1, recent=3, window=3),
             dict(budget=9, factor=0, cut="keys", apart=0.2, whole=0, heads="each", sink=1, recent=2),
         ),
-        lossless=(dict(budget=1.0), dict(recent=900)),
+        lossless=(dict(budget=1.0), dict(factor=0, recent=900)),
         ladder=tuple(
             dict(budget=share, factor=0, marks=MARKS, whole=0, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)
         ),

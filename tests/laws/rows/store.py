@@ -30,7 +30,8 @@ ROWS = {
     ),
     "cachegen": Row(
         tiny=(
-            dict(level=1, recent=3, block=4), dict(delta=True, group=4, block=8, rope="before", sink=2),
+            dict(level=1, recent=3, block=4),
+            dict(delta=True, group=4, block=8, rope="before", sink=2),
             dict(key_bins=(8,), value_bins=(6,), scale="head", block=1),
         ),
         lossless=(dict(recent=900),),
@@ -73,12 +74,12 @@ ROWS = {
     ),
     "xkv": Row(
         tiny=(
-            dict(layers=2, rank_k=0.4, rank_v=0.5, recent=2, block=8),
+            dict(layers=2, rank_k=0.4, rank_v=0.5, recent=2, block=8, sink=0),
             dict(layers=3, rank_k=0.5, rank_v=0.4, normalise=False, recent=0, block=4, sink=1),
             dict(mode="prompt", layers=2, rank_k=0.4, rank_v=0.5, recent=2, block=8),
         ),
         lossless=(dict(layers=2, rank_k=1.0, rank_v=1.0, recent=1, block=4), dict(recent=900)),
-        ladder=tuple(dict(layers=2, rank_k=s, rank_v=s, recent=0, block=8) for s in (0.02, 0.1, 0.3, 1.0)),
+        ladder=tuple(dict(layers=2, rank_k=s, rank_v=s, recent=0, block=8, sink=0) for s in (0.02, 0.1, 0.3, 1.0)),
     ),
     "cskv": Row(
         tiny=(
