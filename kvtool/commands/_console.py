@@ -40,7 +40,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     console.print()
 
 
-_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?[×%]?( [kMG]?B| m?s)?|–|")
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?[×%]?( [kMG]?B| [mµ]?s)?|–|")
 
 
 def _cell(value: object) -> str:

@@ -21,6 +21,7 @@ from kvtool.model import Model, load
 from kvtool.plan import Plan
 
 FULL = "full"
+FORMATS = (".png", ".pdf", ".svg")
 COLUMNS = ("tokens", "cache", "held", "users", "prefill", "step", "faster", "switch", "tokens/s")
 
 
@@ -103,6 +104,8 @@ def _check(request: Request) -> None:
     if not 0 < request.share <= 1:
         raise InputError("bad --share", got=request.share, expected="more than 0, at most 1")
     if request.figure is not None:
+        if Path(request.figure).suffix not in FORMATS:
+            raise InputError("bad --figure", got=request.figure, expected="a name that ends in " + " or ".join(FORMATS))
         files.check_output(request.figure, force=request.force)
 
 
@@ -184,7 +187,10 @@ def _show(record: dict[str, Any], service: Service) -> None:
 
 
 def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    for unit, least in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= least:
+            return f"{seconds / least:.3g} {unit}"
+    return f"{1e6 * seconds:.3g} µs"
 
 
 def _draw(path: str, record: dict[str, Any]) -> None:
@@ -197,5 +203,5 @@ def _draw(path: str, record: dict[str, Any]) -> None:
             figure = Figure(layout="constrained")
             drawing.draw(figure, record["costs"], even)
             figure.savefig(path, dpi=DPI)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write the figure {path}", got=str(error)) from error
+    except OSError as error:
+        raise InputError(f"cannot write the figure {path}", got=error.strerror) from error

@@ -135,6 +135,7 @@ def depends(plan: Plan | None) -> list[str]:
     select = None if plan is None or plan.keep is None else plan.keep.select
     if select is not None:
         found += ["keep.select.mass"] * (select.mass > 0) + ["keep.select.least"] * (select.least > 0)
+        found += ["keep.select.spread"] * (select.rule("spread").LEVEL == "model")
         found += ["keep.select.pick"] * (select.rule("pick").RAGGED and not select.lossless)
     read = None if plan is None else plan.read
     if read is not None and not read.lossless:

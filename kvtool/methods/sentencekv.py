@@ -70,8 +70,8 @@ class Options:
 
 
 def at(budget: float) -> dict[str, Any]:
-    """What is kept is the budget, less what mean keys and numbers take for sentences of 20 tokens."""
-    return {"budget": max(0.2 * budget, budget - 0.03) / 3 if budget < 1 else 1.0}
+    """What is kept is the budget, less what mean keys, numbers and the slack of buffers take of 2,000 tokens."""
+    return {"budget": max(0.2 * budget, budget - 0.06) / 3 if budget < 1 else 1.0}
 
 
 def calibrate(context: Context, options: Options) -> Decision:

@@ -91,7 +91,7 @@ def wide_pairs(heads: int, width: int) -> dict[str, Pair]:
 
 
 SMALL, WIDE = small_pairs(2), wide_pairs(3, 64)
-INDIRECT = {"ternary", "before-rope", "residuals", "joined-apart"}
+INDIRECT = {"ternary", "before-rope", "residuals", "joined-apart", "split", "differences", "polar", "norms"}
 CASES = [("small", name) for name in SMALL] + [(which, name) for which in ("64", "128") for name in WIDE]
 EACH = pytest.mark.parametrize(("which", "name"), CASES)
 
