@@ -20,6 +20,7 @@ from encoding_cases import CASES, WINDOW
 from kvtool.cache.bulk import Bulk
 from kvtool.cache.pool import Member
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.thinned import Thinned
 from kvtool.calibrate import calibrate, method, reads
 from kvtool.commands import _corpora
 from kvtool.commands.calibrate import TEXT
@@ -40,7 +41,7 @@ def coded(cache: SegmentCache) -> tuple[int, int]:
         for lane in layer.lanes():
             if not isinstance(lane, Bulk):
                 continue
-            for part in (lane.bulk, *([] if lane.rest is None else [lane.rest])):
+            for part in (lane.bulk, *([lane.rest] if isinstance(lane, Thinned) and lane.rest is not None else [])):
                 width = sum(lane.recent.recall()[side].shape[-1] for side in (0, 1)) if part.length else 0
                 numbers += part.length * width * len(lane.heads)
                 bits += 8 * sum(buffer.nbytes for buffer in part.buffers())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from kvtool.errors import InputError
 from kvtool_kernels.precision import wide
 
 Table = tuple[torch.Tensor, torch.Tensor]
+_ROWS: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Table]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,22 @@ class Rotary:
         if self.doubled:
             cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
         return tuple(part[0].float().reshape(*positions.shape, -1) for part in (cos, sin))
+
+    def rows(self, count: int, device: torch.device) -> Table:
+        """(cos, sin) fp32 [count, width/2] of positions 0 … count − 1, once a pair. Held for all layers of a kind."""
+        if self.module is None:
+            return torch.ones(count, 0, device=device), torch.ones(count, 0, device=device)
+        known = _ROWS.setdefault(self.module, {})
+        held = known.get((self.kind, device))
+        have = 0 if held is None else len(held[0])
+        if have < count:
+            table = self.table(torch.arange(have, count, device=device))
+            assert table is not None
+            half = self.width // 2
+            new = [part[:, 0::2] if self.interleaved else part[:, :half] for part in table]
+            held = tuple(part.clone() if held is None else torch.cat([held[at], part]) for at, part in enumerate(new))
+            known[self.kind, device] = held
+        return held[0][:count], held[1][:count]
 
     def rotate(self, x: torch.Tensor, table: Table | None) -> torch.Tensor:
         """x [..., T, D] pre-RoPE, table [..., T, width] broadcastable → post-RoPE."""

@@ -19,6 +19,7 @@ from kvtool_kernels.attend_packed import reference as _attend_packed_reference
 from kvtool_kernels.attention_statistics import blocked as _statistics
 from kvtool_kernels.attention_statistics.reference import Summary
 from kvtool_kernels.hadamard import reference as _hadamard_reference
+from kvtool_kernels.latent import cpu as _latent_cpu
 from kvtool_kernels.latent import reference as _latent_reference
 from kvtool_kernels.merge import reference as _merge_reference
 from kvtool_kernels.merge.reference import Partial
@@ -173,21 +174,22 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 def attend_latent(
     q: torch.Tensor,
-    z: torch.Tensor,
-    basis: torch.Tensor,
-    v: torch.Tensor,
+    z: Packed | torch.Tensor,
+    basis: torch.Tensor | None,
+    v: Packed | torch.Tensor,
     positions: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
     scale: float,
+    offset: torch.Tensor | None = None,
     interleaved: bool = False,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over keys rebuilt from latents, with its log-sum-exp; see `latent/reference.py`."""
-    twin = _triton("latent") if q.is_cuda else _latent_reference
+    twin = _triton("latent") if q.is_cuda else _on_cpu(q, _latent_cpu, _latent_reference)
     return twin.attend_latent(
-        q, z, basis, v, positions, cos, sin, scale=scale, interleaved=interleaved, softcap=softcap
+        q, z, basis, v, positions, cos, sin, scale=scale, offset=offset, interleaved=interleaved, softcap=softcap
     )
 
 

@@ -1,4 +1,4 @@
-"""How near attention stays, layer by layer: which layers can take a short window?
+"""How near attention stays, and how alike: which layers can take a short window, or read what another one chose?
 
     recent(w)   attention mass on the nearest w distances, the token itself included
     sink        attention mass on the first 4 positions
@@ -9,11 +9,19 @@ A decoder that looks at its own block alone in some layers works if it is traine
 recent(w) + sink of the least local head at the layer's window: one head that looks far is why a layer whose mean is
 local may still need everything. Sink and recent mass overlap in the rows that are shorter than w, so that windows near
 the length of the texts are too small: compare profiles of equal length, of several times the window of interest.
+
+With `overlap` in the trace: how much of what a layer looks at most the layer before looks at most too, and what a
+choice by layer i finds of what layer j's own would (mass[i, j] / mass[j, j]; TidalDecode, arXiv 2410.05076). With
+`jumps`: the same overlap from one token to the next, as a Jaccard index of a tenth of the entries, and the cosine of
+the two queries (LouisKV, arXiv 2510.11292).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +29,7 @@ import torch
 from kvtool.analyze import _figures as draw
 from kvtool.analyze._base import NOTHING, Cell, Finding, cell, observed, plain, shown
 from kvtool.statistics._base import bin_edges
+from kvtool.statistics.jumps import BINS
 from kvtool.trace import Trace
 
 if TYPE_CHECKING:
@@ -55,7 +64,86 @@ def find(trace: Trace) -> Finding:
         own = int(window[layer]) if bool(enough[layer].any()) else NOTHING
         rows.append((layer, *near, cell(sink[layer].mean()), own, cell(worst[layer]), f"{layer}.{int(which[layer])}"))
     figures = {"locality": partial(_figure, borders, recent.mean(1))}
-    return Finding("locality", _headline(window, worst), columns, rows, data, figures)
+    made = Finding("locality", _headline(window, worst), columns, rows, data, figures)
+    for name, counter, more in (("overlap", "rows", _across), ("jumps", "count", _along)):
+        if name in trace.statistics and bool(trace[name][counter].any()):
+            made = _with(made, *more(trace))
+    return made
+
+
+More = tuple[str, torch.Tensor, str, dict[str, Any], dict[str, Callable[["Figure"], None]]]
+
+
+def _with(
+    finding: Finding, column: str, values: torch.Tensor, text: str, data: dict[str, Any], figures: Any
+) -> Finding:
+    """One more column, values [L], sentence, and so on."""
+    return replace(
+        finding,
+        headline=f"{finding.headline} {text}".strip(),
+        columns=(*finding.columns, column),
+        rows=[(*row, cell(values[int(row[0])])) for row in finding.rows],
+        data=finding.data | data,
+        figures={**finding.figures, **figures},
+    )
+
+
+def _across(trace: Trace) -> More:
+    """From layer to layer."""
+    statistic, rows = observed(trace, "overlap", "rows")
+    nothing = torch.tensor([window is not None for window in trace.geometry.windows])
+    hidden = nothing[:, None] | nothing
+    mass = (statistic["mass"] / rows).masked_fill(hidden, float("nan"))
+    overlap = (statistic["overlap"] / rows).masked_fill(hidden, float("nan"))
+    found = mass / mass.diagonal()  # [i,j]: what i's choice finds in j, of what j's own would
+    layers = [layer for layer in range(trace.geometry.layers) if not nothing[layer]]
+    before = torch.full((trace.geometry.layers,), float("nan"), dtype=torch.float64)
+    for low, high in pairwise(layers):
+        before[high] = overlap[low, high]
+    after = torch.stack([found[low, high] for low, high in pairwise(layers)]) if len(layers) > 1 else before[:0]
+    text = "" if not len(after) else (
+        f"What a layer looks at most finds {float(after.min()):.0%} to {float(after.max()):.0%} of what the next "
+        "layer's own choice would."
+    )  # fmt: skip
+    lower = torch.ones_like(hidden).tril(-1)
+    maps = {"same entries": overlap, "mass found ÷ own": found}
+    shown_maps = {title: values.masked_fill(lower, float("nan")) for title, values in maps.items()}
+    data = {"overlap": plain(overlap), "mass": plain(mass), "found": plain(found)}
+    return "shared", before, text, data, {"locality-overlap": partial(_maps, shown_maps)}
+
+
+def _along(trace: Trace) -> More:
+    """From token to token."""
+    count, overlap = trace["jumps"]["count"].sum(1), trace["jumps"]["overlap"].sum(1)
+    centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS * 2 - 1
+    steps = count.sum(1)
+    cosine, jaccard = (count * centres).sum(1) / steps, overlap.sum(1) / steps
+    text = (
+        f"From one token to the next, the tenth looked at most has a Jaccard index of {float(jaccard.min()):.2f} to "
+        f"{float(jaccard.max()):.2f}, queries a cosine of {float(cosine.min()):.2f} to {float(cosine.max()):.2f}."
+    )
+    data = {"jaccard": plain(jaccard), "cosine": plain(cosine)}
+    return "kept", jaccard, text, data, {"locality-steps": partial(_steps, cosine, jaccard)}
+
+
+def _maps(maps: dict[str, torch.Tensor], figure: Figure) -> None:
+    """[L,L] each: rows choose, columns read."""
+    axes = draw.panels(figure, 1, len(maps), draw.WIDE, 2.9, sharey=True)
+    draw.heats(figure, axes, maps, "share", draw.linear(), aspect="equal")
+    axes[0].set_ylabel("layer that chooses")
+    for axis in axes:
+        axis.set_xlabel("layer that reads")
+    draw.whole(*axes)
+
+
+def _steps(cosine: torch.Tensor, jaccard: torch.Tensor, figure: Figure) -> None:
+    """[L] each."""
+    (axis,) = draw.panels(figure, 1, 1, draw.NARROW, 2.2)
+    for index, (name, values) in enumerate((("cosine of queries", cosine), ("Jaccard of entries", jaccard))):
+        axis.plot(range(len(values)), values, label=name, **draw.line(index))
+    axis.set(xlabel="layer", ylabel="from token to token", ylim=(min(0.0, float(cosine.min())) - 0.02, 1.02))
+    axis.legend()
+    draw.whole(axis)
 
 
 def _headline(window: torch.Tensor, worst: torch.Tensor) -> str:

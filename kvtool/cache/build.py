@@ -14,6 +14,7 @@ from kvtool.cache.pool import Member, Pool
 from kvtool.cache.reader import Place, Reader
 from kvtool.cache.rest import Rest
 from kvtool.cache.selector import Selector
+from kvtool.cache.thinned import Thinned
 from kvtool.cache.window import Window
 from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
@@ -103,7 +104,7 @@ def _lane(
         options["reader"] = Reader(read, place)
     if read is not None and options.keys() & {"reader", "key"}:
         options |= _limits(read, plan.store)
-    return Bulk(heads, **options)
+    return Bulk(heads, **options) if spec is None else Thinned(heads, **options)
 
 
 def _stored(model: Model, store: Store, place: Place, number: int) -> dict[str, Any]:

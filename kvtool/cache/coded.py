@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvtool.cache import latents
 from kvtool.cache.lane import Partial, Step
 from kvtool.cache.segments import Segment, entries_of
 from kvtool.encoding.codecs import Parts
@@ -35,6 +36,7 @@ class Coded(Segment):
         self.key, self.value, self.rotary, self.slow = key, value, rotary, slow
         self.parts: dict[str, Parts] = {}
         self.own: list[torch.Tensor] = []  # what was fitted
+        self.back: tuple[latents.Map, latents.Map] | None = None  # from what is written to entries
         self.width = (0, 0)
         self.positions: Callable[[int, int], torch.Tensor] = lambda low, high: torch.arange(low, high)
         self.queries: Callable[[], torch.Tensor | None] = lambda: None
@@ -65,6 +67,7 @@ class Coded(Segment):
             self.own += [tensor for tensor in tensors_of(made) if id(tensor) not in planned]
             sides.append(made)
         self.key, self.value = sides
+        self.back = None
 
     def state(self) -> dict[str, Any]:
         """What a file holds: the parts, codes entropy-coded, and encodings that fitted themselves."""
@@ -87,7 +90,7 @@ class Coded(Segment):
         self.parts = {side: {n: self._put(x) for n, x in parts.items()} for side, parts in state["parts"].items()}
         if state["fitted"] is not None:
             self.key, self.value = state["fitted"]
-            self.own = [tensors_of(state["fitted"])[at] for at in state["own"]]
+            self.own, self.back = [tensors_of(state["fitted"])[at] for at in state["own"]], None
 
     def hand_on(self, count: int, to: Coded) -> None:
         """Move the first `count` entries, whole blocks, on to `to`, which stores keys on the same side of RoPE."""
@@ -95,7 +98,7 @@ class Coded(Segment):
         to.width, to.dtype, to.device = self.width, self.dtype, self.device
         sides = (("key", self.key, to.key, self.width[0]), ("value", self.value, to.value, self.width[1]))
         for side, mine, theirs, width in sides:
-            parts = self._cut(side, mine, 0, count)
+            parts = self.cut(side, mine, 0, count)
             made = mine.coarser(parts, theirs)
             if made is None:
                 made = theirs.encode(mine.decode(parts, width).to(self.dtype))
@@ -115,6 +118,8 @@ class Coded(Segment):
     def attend(self, q: torch.Tensor, step: Step) -> Partial:
         if self.length == 0:
             return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+        if latents.apply(self, q):
+            return latents.attend(self, q, step)
         packed = self.packed(q, step)
         return self.by_blocks(q, step, self.recall) if packed is None else self._direct(q, *packed, step)
 
@@ -130,14 +135,18 @@ class Coded(Segment):
     def by_blocks(self, q: torch.Tensor, step: Step, recall: Recall) -> Partial:
         """Attention over what `recall` decodes, block by block."""
         out: Partial | None = None
-        block = math.lcm(self.key.block, self.value.block)
-        count = max(block, BLOCK - BLOCK % block)
-        for low in range(0, self.length, count):
-            k, v = recall(low, min(low + count, self.length))
-            part = attend(q, k, v, **step.options)
+        for low, high in self.blocks():
+            part = attend(q, *recall(low, high), **step.options)
             out = part if out is None else merge(out, part)
         assert out is not None
         return out
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """The borders of what is decoded at a time, whole blocks of either side's encoding."""
+        block = math.lcm(self.key.block, self.value.block)
+        count = max(block, BLOCK - BLOCK % block)
+        for low in range(0, self.length, count):
+            yield low, min(low + count, self.length)
 
     def _direct(self, q: torch.Tensor, keys, values, step: Step) -> Partial:
         """Attention over the written form: the query meets ẑ of the keys, and ẑ of the values is turned back once."""
@@ -150,27 +159,20 @@ class Coded(Segment):
         out, lse = attend_packed(flat, keys, values, scale=step.scale)
         if offset is not None:
             lse = lse + step.scale * offset.reshape(lse.shape)
-        inner = self.value_width()
+        inner = self.value.written(self.width[1])
         out = out.reshape(batch, turned.shape[1], turned.shape[2], -1)[..., :inner]
         out = self.value.output(out, rows)
         return out.reshape(batch, heads, tokens, -1).to(q.dtype), lse.reshape(batch, heads, tokens)
 
-    def value_width(self) -> int:
-        """r of the values: their written width without padding."""
-        width = self.width[1]
-        for step in self.value.transforms:
-            width = step.width(width)
-        return width
-
     def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoded entries; `low` must stand at a block's border."""
         high = self.length if high is None else high
-        v = self.value.decode(self._cut("value", self.value, low, high), self.width[1])
+        v = self.value.decode(self.cut("value", self.value, low, high), self.width[1])
         return self.keys(low, high), v[:, :, : high - low].to(self.dtype)
 
     def keys(self, low: int = 0, high: int | None = None) -> torch.Tensor:
         high = self.length if high is None else high
-        k = self.key.decode(self._cut("key", self.key, low, high), self.width[0])[:, :, : high - low].to(self.dtype)
+        k = self.key.decode(self.cut("key", self.key, low, high), self.width[0])[:, :, : high - low].to(self.dtype)
         return k if self.key.rotated else self._turn(k, low, high, back=False)
 
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +201,7 @@ class Coded(Segment):
         plain = part if part.itemsize > 1 else part.view(torch.uint8)  # torch gathers no 8-bit floats
         return self._fetch(plain.gather(2, index).view(part.dtype))
 
-    def _cut(self, side: str, encoding: Encoding, low: int, high: int) -> Parts:
+    def cut(self, side: str, encoding: Encoding, low: int, high: int) -> Parts:
         """The parts of the blocks that hold entries low … high − 1."""
         assert low % encoding.block == 0
         high = min(-(-high // encoding.block) * encoding.block, self.length)

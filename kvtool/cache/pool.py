@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from kvtool.cache import latents
 from kvtool.cache.coded import Coded
 from kvtool.cache.lane import Partial, Step
 from kvtool.cache.segments import Segment
@@ -53,8 +54,11 @@ class Member(Segment):
         self.pool.offer(self.member, k, v)
 
     def attend(self, q: torch.Tensor, step: Step) -> Partial:
-        """Where kernels read what is written, the other layers' heads ask nothing."""
+        """Only the layer's own part of a latent is rebuilt; where kernels read what is written after RoPE, the other
+        layers' heads ask nothing."""
         coded = self.pool.coded
+        if coded.length and latents.apply(coded, q, self.own):
+            return latents.attend(coded, q, step, self.own)
         if coded.length and coded.packed(q, step) is None:
             return coded.by_blocks(q, step, self.recall)
         batch, heads, tokens, width = q.shape

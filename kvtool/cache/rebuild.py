@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from kvtool.cache.bulk import Bulk
 from kvtool.cache.scores._base import View
 from kvtool.cache.segment_layer import SegmentLayer
+from kvtool.cache.thinned import Thinned
 from kvtool.serving import Attention, Layer, served
 from kvtool.slots import Select
 
@@ -69,7 +69,7 @@ class _Pass(Layer):
         super().__init__()
         self.held, self.number, self.span = held, number, (0, 0)
         self.part = held.parts[number]
-        self.lanes = [lane for lane in self.part.lanes if isinstance(lane, Bulk) and lane.selector is not None]
+        self.lanes = [lane for lane in self.part.lanes if isinstance(lane, Thinned)]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         grouped = q.unflatten(1, (k.shape[1], -1))
@@ -81,7 +81,7 @@ class _Pass(Layer):
         return self.part.fed
 
 
-def _score(lane: Bulk, q: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor], span: Span, call: Attention) -> None:
+def _score(lane: Thinned, q: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor], span: Span, call: Attention) -> None:
     """Queries q [B,H,T,D] of the lane's heads, with keys and values of their own, score the lane's entries `span`."""
     assert lane.selector is not None
     low, high = span

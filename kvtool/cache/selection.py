@@ -12,12 +12,12 @@ from itertools import chain
 import torch
 
 from kvtool.cache.budgets._base import Ballot, by_layer, covering
-from kvtool.cache.bulk import Bulk
 from kvtool.cache.lane import Step
 from kvtool.cache.segment_layer import SegmentLayer
+from kvtool.cache.thinned import Thinned
 from kvtool.slots import Select
 
-Pairs = list[tuple[Bulk, Step]]
+Pairs = list[tuple[Thinned, Step]]
 
 
 def select(spec: Select, layers: list[SegmentLayer]) -> None:
@@ -26,7 +26,7 @@ def select(spec: Select, layers: list[SegmentLayer]) -> None:
         groups: list[Pairs] = []
         for layer in layers:
             step = Step(0, layer.scale, layer.softcap)
-            lanes = [lane for lane in layer.parts[number].lanes if isinstance(lane, Bulk) and not lane.finished]
+            lanes = [lane for lane in layer.parts[number].lanes if isinstance(lane, Thinned) and not lane.finished]
             groups.append([(lane, step) for lane in lanes])
         if spec.rule("spread").LEVEL == "model":
             groups = [list(chain.from_iterable(groups))]

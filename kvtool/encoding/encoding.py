@@ -16,7 +16,7 @@ import torch
 
 from kvtool.encoding.codecs import Codec, Parts, Raw
 from kvtool.encoding.residuals import ErrorBasis, Outliers
-from kvtool.encoding.transforms import Transform
+from kvtool.encoding.transforms import Join, Linear, Transform
 from kvtool.errors import InputError
 from kvtool.records import Record, tensors_of
 from kvtool_kernels.packed import Packed
@@ -153,18 +153,49 @@ class Encoding(Record):
 
     def decode(self, parts: Parts, width: int) -> torch.Tensor:
         """x̂ fp32 [B,K,S,D] for heads of `width` channels."""
-        for step in self.transforms:
-            width = step.width(width)
-        z = self._decoded(parts, width)
-        if self.error is not None:
-            z = self.error.add(z, parts)
+        return self._inverse(self._restored(parts, width))
+
+    def _restored(self, parts: Parts, width: int) -> torch.Tensor:
+        """ẑ fp32 [B,K',S,r] for heads of `width` channels."""
+        z = self._decoded(parts, self.written(width))
+        return z if self.error is None else self.error.add(z, parts)
+
+    def _inverse(self, z: torch.Tensor) -> torch.Tensor:
         for step in reversed(self.transforms):
             z = step.inverse(z)
         return z
 
+    def written(self, width: int) -> int:
+        """r for heads of `width` channels."""
+        for step in self.transforms:
+            width = step.width(width)
+        return width
+
     def packed(self, parts: Parts) -> Packed | torch.Tensor | None:
         """What kernels read: z, not x̂. None when they cannot."""
         return self.codec.packed(parts) if self.direct else None
+
+    def readable(self, parts: Parts) -> Packed | torch.Tensor | None:
+        """z, on either side of RoPE, in the form that kernels read; None where residuals or the codec have none."""
+        return self.codec.packed(parts) if self.outliers is None and self.error is None else None
+
+    def latent(self, parts: Parts, width: int) -> Packed | torch.Tensor:
+        """z as `readable`, or decoded where it is not."""
+        z = self.readable(parts)
+        return self._restored(parts, width) if z is None else z
+
+    def back(self, kv_heads: int, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """M fp32 [K'|1,r,n·D] and c [K'|1,n·D] of x̂ = ẑ·M + c for n joined heads side by side; None: 1 and 0."""
+        steps = self.transforms[1:] if isinstance(next(iter(self.transforms), None), Join) else self.transforms
+        if not steps:
+            return None, None
+        if len(steps) == 1 and isinstance(steps[0], Linear):
+            return steps[0].up, steps[0].mean
+        rank = self.written(width)
+        device = next((tensor.device for tensor in tensors_of(self)), None)
+        probes = torch.eye(rank + 1, rank, device=device).expand(1, kv_heads // self.joined, -1, -1)
+        wide = Join(self.joined).forward(self._inverse(probes))[0]
+        return wide[:, :rank] - wide[:, rank:], wide[:, rank]
 
     def query(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q [B,K,N,D] → q̃ [B,K',N',r] and what is added to q̃·ẑ, [B,K',N'] or None."""

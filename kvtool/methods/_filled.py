@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvtool.cache.bulk import Bulk
 from kvtool.cache.lane import Step
 from kvtool.cache.rebuild import rebuild
 from kvtool.cache.scores._base import View
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.selector import Selector
+from kvtool.cache.thinned import Thinned
 from kvtool.corpus.base import Sample
 from kvtool.methods._base import Context
 from kvtool.model import Model
@@ -40,7 +40,7 @@ def selecting(cache: SegmentCache) -> Iterator[tuple[int, Selector, View]]:
     """What the selection looks at: a layer, a selector of some of its heads, and what that one sees."""
     for number, layer in enumerate(cache.segments):
         for lane in layer.lanes():
-            if isinstance(lane, Bulk) and lane.selector is not None:
+            if isinstance(lane, Thinned):
                 yield number, lane.selector, lane.view(Step(0, layer.scale, layer.softcap))
 
 

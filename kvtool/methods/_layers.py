@@ -38,7 +38,8 @@ def by_score(context: Context, score: torch.Tensor, budget: float, *, floor: flo
     entries, cap = round(budget * scale), tokens if budget <= 1 else 1 << 31
     own = score[layers].double()
     own = own / own.sum() if float(own.sum()) > 0 else torch.full_like(own, 1 / max(1, len(layers)))
-    counts = allotted(own.tolist(), entries, floor=int(floor), cap=cap)
+    least = 1 if budget <= 1 else 2  # a budget of 1 would be all entries
+    counts = allotted(own.tolist(), entries, floor=max(least, int(floor)), cap=cap)
     return spread(context, counts, entries, scale)
 
 

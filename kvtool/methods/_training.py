@@ -162,6 +162,15 @@ class Trainer:
         return {name: tensor.detach().cpu() for name, tensor in self.tensors.items()}, torch.tensor(self.losses)
 
 
+def placed(context: Context, layers: list[int], tensors: Tensors) -> Tensors:
+    """What was trained for some layers [N,...], as bf16 tables of all layers [L,...]; 0 in the others."""
+    tables = {}
+    for name, tensor in tensors.items():
+        tables[name] = torch.zeros(context.geometry.layers, *tensor.shape[1:], dtype=torch.bfloat16)
+        tables[name][layers] = tensor.bfloat16()
+    return tables
+
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -150,11 +150,7 @@ def train(context: Context, options: Options) -> tuple[Tensors, torch.Tensor]:
         with torch.no_grad():
             trainer.tensors["share"].clamp_(0.0, 1.0)
     tensors, losses = trainer.done()
-    tables = {}
-    for name, tensor in tensors.items():
-        tables[name] = torch.zeros(context.geometry.layers, *tensor.shape[1:], dtype=torch.bfloat16)
-        tables[name][layers] = tensor.bfloat16()
-    return tables, losses
+    return _training.placed(context, layers, tensors), losses
 
 
 def fresh(context: Context, options: Options, layers: int) -> Tensors:

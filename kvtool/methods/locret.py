@@ -116,11 +116,7 @@ def train(context: Context, options: Options) -> tuple[Tensors, torch.Tensor]:
         (apart + options.smooth * rough).sum().backward()
         trainer.step(float(apart.detach().mean()))
     tensors, losses = trainer.done()
-    tables = {}
-    for name, tensor in tensors.items():
-        tables[name] = torch.zeros(context.geometry.layers, *tensor.shape[1:], dtype=torch.bfloat16)
-        tables[name][layers] = tensor.bfloat16()
-    return tables, losses
+    return _training.placed(context, layers, tensors), losses
 
 
 def example(seen: list[States]) -> tuple[torch.Tensor, torch.Tensor]:

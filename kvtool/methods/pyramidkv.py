@@ -9,9 +9,9 @@ The slope is the same for every model and prompt. Whole steps let the sum exceed
 budget flat where n < 2b, as the released code does; `mode=paper` clips the pyramid's foot instead. The released code
 keeps a set for each query head; here each KV head has one.
 
-`mode=calibrated` is ours, and has no slope: the layers' budgets are those that make Σ_l e_l(b_l) least at Σ_l b_l = L·B.
-e_l(b) is the change of layer l's attention output, relative to it, when it alone keeps b entries, measured on prompts at
-`RUNGS` of B and straight between them, on its lower convex hull. So the slope, if a model has one, is found out.
+`mode=calibrated` is ours and has no slope: budgets of layers are those that make Σ_l e_l(b_l) least at Σ_l b_l = L·B.
+e_l(b) is the relative change of layer l's attention output when it alone keeps b entries, measured on prompts at the
+`RUNGS` of B. So the slope, if a model has one, is found out.
 """
 
 from __future__ import annotations

@@ -3,16 +3,18 @@
 Xiong et al., arXiv 2410.03090.
 
     S: entropy of the spectrum of a head's queries (statistic `query-entropy`), mean over the query heads of a KV head
-    in each layer the ⌈K/2⌉ KV heads that most texts rank high keep the large budget, the others low · B, the mean is B
+    each text deals the KV heads of a layer into groups of rising S; votes add up the numbers of a head's groups
+    the heads are dealt again by votes; budgets rise in equal steps from low · B in the first group, the mean is B
     s_j = attention of the last w queries, maximum over `kernel` neighbours; the best stay, and the w newest
     at decode steps each head stays at its size, by the attention of the w newest queries;   memory 2·b·d·L·K·B
 
-With low = 0.25 and B = 64 the budgets are 16 and 112, those of the released script at its smallest; at 512 it has 384
-and 768 (low = 0.67), while its comment says otherwise. The paper ranks query heads and copies the cache to all of them;
-here a KV head keeps one set.
+Two groups are published most; of an odd number of heads the upper group is the larger. With low = 0.25 and B = 64 the
+budgets are 16 and 112, those of the released script at its smallest; at 512 it has 384 and 768 (low = 0.67), while its
+comment says otherwise. It also knows 4, 8 and 32 groups, whose budgets are not known here: the equal steps are ours.
+The paper ranks query heads and copies the cache to all of them; here a KV head keeps one set.
 
 Left out: dropping tokens from the hidden states between stages of layers while the prompt is read, which changes the
-prompt's own states and whose stages are constants in the released code; and more groups than two.
+prompt's own states and whose stages are constants in the released code.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 
 from kvtool.methods._base import Context, Decision, odd, per_kv_head, share, thinned
 from kvtool.options import at_least
-from kvtool.statistics.query_entropy import upper
+from kvtool.statistics.query_entropy import rising
 
 STATISTICS = ("query-entropy",)
 MODEL = False
@@ -33,11 +35,13 @@ MODEL = False
 @dataclass(frozen=True)
 class Options:
     """budget: entries that a KV head keeps in the mean, a share of the prompt when at most 1, else a count. low: budget
-    of the heads of low entropy, a share of the mean. window: last queries that score, whose entries always stay.
-    kernel: neighbours that are pooled. pool: max, mean or none. decode: evict at every step, or append."""
+    of the heads of lowest entropy, a share of the mean. groups: of heads with one budget, in each layer; as many as
+    there are heads at most. window: last queries that score, whose entries always stay. kernel: neighbours that are
+    pooled. pool: max, mean or none. decode: evict at every step, or append."""
 
     budget: float = 0.25
     low: float = 0.25
+    groups: int = 2
     window: int = 8
     kernel: int = 7
     pool: Literal["max", "mean", "none"] = "max"
@@ -45,6 +49,7 @@ class Options:
 
     def __post_init__(self) -> None:
         at_least(1, self, "window")
+        at_least(2, self, "groups")
         odd(self.kernel, "kernel")
         share(self.low, "low")
 
@@ -58,27 +63,41 @@ def calibrate(context: Context, options: Options) -> Decision:
     seen, kv_heads = context.trace["query-entropy"], context.geometry.kv_heads
     texts = seen["sequences"].clamp_min(1)
     entropy = per_kv_head(seen["entropy"] / texts, kv_heads, "mean")
-    votes = seen["high"] / texts + 1e-6 * entropy  # entropy decides between heads with as many votes
-    high = torch.zeros(votes.shape, dtype=torch.bool)
-    for layer, row in enumerate(votes):
-        high[layer, upper(row)] = True
-    small, large = caps(options.budget, options.low, int(high[0].sum()), kv_heads)
+    group = groups(kv_heads, options.groups)  # of each place
+    votes = (seen["places"] / texts) @ group.double()
+    ranked = votes + 1e-6 * entropy  # which decides between heads with as many votes
+    budgets = caps(options.budget, options.low, group.bincount().tolist())
+    by_place = torch.tensor(budgets)[group]
+    budget = torch.stack([by_place[rising(row).argsort()] for row in ranked])
     keep = thinned(
-        context, torch.where(high, large, small), observed=options.window, pool=options.pool, kernel=options.kernel,
+        context, budget, observed=options.window, pool=options.pool, kernel=options.kernel,
         recent=options.window, minimum=options.window, history=options.window if options.decode == "evict" else 0,
         when="step" if options.decode == "evict" else "prefill", decay=0.0,
     )  # fmt: skip
-    evidence = {"entropy": (seen["entropy"] / texts).float(), "high": (seen["high"] / texts).float()}
-    return Decision(keep, evidence, {"small": small, "large": large})
+    evidence = {"entropy": (seen["entropy"] / texts).float(), "votes": votes.float()}
+    return Decision(keep, evidence, {"budgets": budgets})
 
 
-def caps(budget: float, low: float, high: int, heads: int) -> tuple[float, float]:
-    """(small, large) budgets of which `high` of so many heads keep the large one, `budget` in the mean; whole numbers
-    if it is a count. A head cannot keep more than a whole prompt: what is over goes to the others."""
-    if high == heads:
-        return budget, budget
-    small = low * budget if budget <= 1 else float(max(2, round(low * budget)))
-    large = (heads * budget - (heads - high) * small) / high
-    if budget <= 1 < large:
-        return (heads * budget - high) / (heads - high), 1.0
-    return small, large if budget <= 1 else float(int(large))
+def groups(heads: int, count: int) -> torch.Tensor:
+    """int64 [K]: the group of each place, both from low to high; groups are as large as one another, or the higher ones
+    larger by one."""
+    count = min(count, heads)
+    return count - 1 - torch.arange(heads).flip(0) * count // heads
+
+
+def caps(budget: float, low: float, sizes: list[int]) -> list[float]:
+    """Budgets of groups of so many heads, from low to high, `budget` in the mean; whole numbers if it is a count. None
+    is more than a whole prompt: what is over goes to the others."""
+    if len(sizes) == 1:
+        return [budget]
+    heads, weight = sum(sizes), sum(group * size for group, size in enumerate(sizes))
+    first = low * budget if budget <= 1 else float(max(2, round(low * budget)))
+    step = heads * (budget - first) / weight
+    made = [first + group * step for group in range(len(sizes))]
+    if budget > 1:
+        return [float(int(each)) for each in made]
+    for _ in sizes:  # what is given to a group may take it beyond the whole prompt in turn
+        over = sum(size * max(0.0, each - 1) for each, size in zip(made, sizes, strict=True))
+        room = sum(size for each, size in zip(made, sizes, strict=True) if each < 1)
+        made = [each + over / room if each < 1 else 1.0 for each in made]
+    return made

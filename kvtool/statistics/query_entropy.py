@@ -4,8 +4,9 @@
     S = −Σ_{i ≤ 32} λ_i ln λ_i / ln D,   λ the eigenvalues of ρ from large to small     (UNComp, arXiv 2410.03090)
 
 of queries after RoPE, per query head and text. Because of the cut, S falls again when more than 32 directions are taken
-alike. `high` counts the texts in which a KV head is in the upper half of its layer (the larger half, of an odd number)
-by the mean of its group: such votes are what the released code adds up. 0 where all queries are the same.
+alike. `places` counts the texts in which a KV head has each place in its layer by the mean of its group, 0 the lowest:
+votes of texts for groups of heads, which the released code adds up, can be made of them. 0 where all queries are the
+same.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ class QueryEntropy(Statistic):
 
     def zero(self) -> None:
         self.add("entropy", self.geometry.layers, self.geometry.query_heads)
-        self.add("high", self.geometry.layers, self.geometry.kv_heads)
+        self.add("places", self.geometry.layers, self.geometry.kv_heads, self.geometry.kv_heads)
         self.add("sequences", 1)
 
     def states(self, view: States) -> None:
         each = torch.stack([entropy(q) for q in view.q])
         by_group = each.unflatten(0, (self.geometry.kv_heads, -1)).mean(1)
         self["entropy"][view.layer] += each
-        self["high"][view.layer, upper(by_group)] += 1
+        for place, head in enumerate(rising(by_group).tolist()):
+            self["places"][view.layer, head, place] += 1
         if view.layer == 0:
             self["sequences"] += 1
 
@@ -49,6 +51,6 @@ def entropy(q: torch.Tensor) -> torch.Tensor:
     return -(values * values.log()).sum() / math.log(width)
 
 
-def upper(scores: torch.Tensor) -> torch.Tensor:
-    """The indices of the upper half of scores [K], of which there are ⌈K/2⌉; ties go to the first."""
-    return torch.argsort(scores, descending=True, stable=True)[: (len(scores) + 1) // 2]
+def rising(scores: torch.Tensor) -> torch.Tensor:
+    """The indices of scores [K] from the lowest to the highest; of equal ones the first is the highest."""
+    return torch.argsort(scores, descending=True, stable=True).flip(0)

@@ -17,7 +17,7 @@ NAMES = registry.names("analyze")
 
 
 def test_the_entries():
-    assert NAMES == ["channels", "heads", "key-norms", "layers", "locality", "sharing", "sinks", "spectra"]
+    assert NAMES == ["channels", "heads", "key-norms", "layers", "locality", "recall", "sharing", "sinks", "spectra"]
     for name in NAMES:
         needs = registry.module("analyze", name, "finding").STATISTICS
         assert set(needs) <= set(registry.names("statistics"))

@@ -6,6 +6,7 @@ import torch
 
 from kvtool.analyze import locality
 from kvtool.statistics._base import bin_of
+from kvtool.statistics.jumps import BINS
 from kvtool.trace import Trace
 from tests.analyze.traces import HEADS, TOKENS, blank
 
@@ -53,3 +54,40 @@ def test_mass_that_no_window_holds() -> None:
     trace["attention"]["tokens"] += TOKENS
     trace["attention"]["distance"][..., -1] = TOKENS
     assert [row[6] for row in locality.find(trace).rows] == ["–"] * 3
+
+
+def shared() -> Trace:
+    """Layer 1 looks at half of what layer 0 does, which holds a quarter of what its own choice would; layer 2 at none
+    of it. Queries keep their direction in layer 0 and turn by a right angle in the others."""
+    trace = planted()
+    more = blank("overlap", "jumps")
+    trace.statistics |= more.statistics
+    overlap, jumps = trace["overlap"], trace["jumps"]
+    overlap["rows"] += 10
+    overlap["overlap"] += 10 * torch.tensor([[1, 0.5, 0], [0, 1, 0], [0, 0, 1]])
+    overlap["mass"] += 10 * torch.tensor([[0.8, 0.2, 0], [0, 0.8, 0], [0, 0, 0.4]])
+    jumps["count"][0, :, -1] = 5
+    jumps["count"][1:, :, BINS // 2] = 5
+    jumps["overlap"][0, :, -1] = 4
+    jumps["overlap"][1:, :, BINS // 2] = 1
+    return trace
+
+
+def test_across_layers_and_along_tokens() -> None:
+    finding = locality.find(shared())
+    lines = [dict(zip(finding.columns, row, strict=True)) for row in finding.rows]
+    assert [line["shared"] for line in lines] == ["–", 0.5, 0.0]
+    assert [line["kept"] for line in lines] == [0.8, 0.2, 0.2]
+    assert finding.data["found"][0] == [1.0, 0.25, 0.0]
+    assert finding.data["cosine"] == [0.9875, 0.0125, 0.0125]
+    assert "finds 0% to 25% of what the next layer's own choice would" in finding.headline
+    assert set(finding.figures) == {"locality", "locality-overlap", "locality-steps"}
+
+
+def test_layers_with_windows_choose_nothing() -> None:
+    trace = shared()
+    trace.model["windows"] = [None, 16, None]
+    finding = locality.find(trace)
+    lines = [dict(zip(finding.columns, row, strict=True)) for row in finding.rows]
+    assert [line["shared"] for line in lines] == ["–", "–", 0.0]
+    assert finding.data["found"][0] == [1.0, None, 0.0]

@@ -13,6 +13,7 @@ from kvtool.cache.lane import Step
 from kvtool.cache.rest import Rest
 from kvtool.cache.segments import GROWTH
 from kvtool.cache.selector import Selector
+from kvtool.cache.thinned import Thinned
 from kvtool.cache.tiers import Tiers
 from kvtool.encoding.codecs import Affine, Raw
 from kvtool.encoding.encoding import Encoding
@@ -94,9 +95,9 @@ def test_an_encoding_that_cannot_drop_bits_is_written_again() -> None:
     same(made.recall()[0][:, :, :16], direct.recall()[0])
 
 
-def thinned(lower: Coded, block: int, kept: int, when: str = "prefill") -> Bulk:
+def thinned(lower: Coded, block: int, kept: int, when: str = "prefill") -> Thinned:
     spec = Select(torch.full((1, 2), float(kept)), observe="all", reduce="sum", when=when, group="sum")  # type: ignore[arg-type]
-    return Bulk([0, 1], selector=Selector(spec, [float(kept)] * 2, 0, [0, 1]), rest=Rest(lower, block))
+    return Thinned([0, 1], selector=Selector(spec, [float(kept)] * 2, 0, [0, 1]), rest=Rest(lower, block))
 
 
 def fed(lane: Bulk, count: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from kvtool.methods._base import Context
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests import models
+from tests.methods.training import interrupted
 from tests.models import random_ids, with_tokenizer
 from tests.running import feed, own
 from tests.statistics.naive import written_down
@@ -111,20 +112,8 @@ def test_the_bound_falls_with_rank(llama: Model) -> None:
 
 
 def test_an_interrupted_training_resumes_where_it_was(tmp_path: Path, llama: Model) -> None:
-    def stop(done: int, total: int, text: str) -> None:
-        if done == 11:
-            raise KeyboardInterrupt
-
-    settings, model = {**SMALL, "steps": 14}, with_tokenizer(llama)
-    whole = calibrate("cskv", settings, model=model)
-    state = tmp_path / "state"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("cskv", settings, model=model, state=state, progress=stop)
-    seen: list[int] = []
-    resumed = calibrate("cskv", settings, model=model, state=state, progress=lambda done, *_: seen.append(done))
+    seen = interrupted("cskv", {**SMALL, "steps": 14}, with_tokenizer(llama), tmp_path, 11)
     assert next(done for done in seen if done) == 11
-    same(resumed.evidence["loss"], whole.evidence["loss"])
-    same(resumed.store.keys[0].transforms[1].down, whole.store.keys[0].transforms[1].down)
 
 
 def test_impossible_options(llama: Model) -> None:

@@ -14,8 +14,9 @@ from kvtool.methods.duo import trapezoid
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests import models
+from tests.methods.training import interrupted
 from tests.models import INDUCTION, random_ids, repeated, with_tokenizer
-from tests.tolerance import close, error, same
+from tests.tolerance import close, error
 
 SMALL = dict(steps=24, lengths=(220,), passkeys=1, sink=4, recent=16, lr=0.15, full=1 / 8)
 
@@ -145,21 +146,9 @@ def test_the_learning_rate_is_a_trapezoid() -> None:
 
 
 def test_an_interrupted_training_resumes_where_it_was(tmp_path: Path, llama: Model) -> None:
-    def stop(done: int, total: int, text: str) -> None:
-        if done == 5:
-            raise KeyboardInterrupt
-
-    settings, model = {**SMALL, "steps": 8, "patience": 0}, with_tokenizer(llama)
-    whole = calibrate("duo", settings, model=model)
-    state = tmp_path / "state"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("duo", settings, model=model, state=state, progress=stop)
-    seen: list[int] = []
-    resumed = calibrate("duo", settings, model=model, state=state, progress=lambda done, *_: seen.append(done))
+    settings = {**SMALL, "steps": 8, "patience": 0}
+    seen = interrupted("duo", settings, with_tokenizer(llama), tmp_path, 5)
     assert 4 < seen[0] + 1 <= 6
-    for name in ("alpha", "loss"):
-        same(resumed.evidence[name], whole.evidence[name])
-    assert not state.exists()
 
 
 def test_every_head_with_a_window_of_its_own_stays_as_it_is() -> None:

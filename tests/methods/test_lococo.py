@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvtool.plan import Plan
 from kvtool.profile import plain
 from kvtool.serving import Attention
 from tests import models
+from tests.methods.training import interrupted, reused
 from tests.models import random_ids, with_tokenizer
 from tests.running import feed
 from tests.tolerance import close, error, same
@@ -102,28 +104,11 @@ def test_nothing_is_learned_where_nothing_is_mixed(llama: Model) -> None:
 
 
 def test_an_interrupted_training_resumes_where_it_was(tmp_path: Path, llama: Model) -> None:
-    def stop(done: int, total: int, text: str) -> None:
-        if done == 11:
-            raise KeyboardInterrupt
-
-    settings, model = {**SMALL, "steps": 13}, with_tokenizer(llama)
-    whole = calibrate("lococo", settings, model=model)
-    state = tmp_path / "state"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("lococo", settings, model=model, state=state, progress=stop)
-    seen: list[int] = []
-    resumed = calibrate("lococo", settings, model=model, state=state, progress=lambda done, *_: seen.append(done))
+    seen = interrupted("lococo", {**SMALL, "steps": 13}, with_tokenizer(llama), tmp_path, 11)
     assert seen[0] == 11
-    same(resumed.evidence["loss"], whole.evidence["loss"])
-    for name, table in whole.keep.select.tables.items():
-        same(resumed.keep.select.tables[name], table)
 
 
 def test_one_training_serves_every_budget(tmp_path: Path, llama: Model) -> None:
-    plan = lococo(llama)
-    again = lococo(llama, budget=0.1, weights=plan.write(str(tmp_path / "plan")))
-    assert float(again.keep.select.budget[0, 0]) == pytest.approx(0.1)
-    for name, table in plan.keep.select.tables.items():
-        same(again.keep.select.tables[name], table)
+    reused(functools.partial(lococo, llama), tmp_path)
     with pytest.raises(InputError, match="bad option trained"):
         lococo(llama, trained=(0.5, 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from kvtool.plan import Plan
 from kvtool.rotary import NONE
 from kvtool.statistics._base import States
 from tests import models
+from tests.methods.training import interrupted, reused
 from tests.models import INDUCTION, random_ids, with_tokenizer
 from tests.running import feed, own
-from tests.tolerance import close, same
+from tests.tolerance import close
 
 SMALL = dict(steps=12, lengths=(240,), prompts=1, kinds=("text",), hidden=4, recent=2, sink=0)
 
@@ -118,30 +120,12 @@ def test_a_prompt_in_chunks_never_holds_more_than_budget_and_chunk(llama: Model)
 
 
 def test_an_interrupted_training_resumes_where_it_was(tmp_path: Path, llama: Model) -> None:
-    def stop(done: int, total: int, text: str) -> None:
-        if done == 11:
-            raise KeyboardInterrupt
-
-    settings, model = {**SMALL, "steps": 14}, with_tokenizer(llama)
-    whole = calibrate("locret", settings, model=model)
-    state = tmp_path / "state"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("locret", settings, model=model, state=state, progress=stop)
-    seen: list[int] = []
-    resumed = calibrate("locret", settings, model=model, state=state, progress=lambda done, *_: seen.append(done))
+    seen = interrupted("locret", {**SMALL, "steps": 14}, with_tokenizer(llama), tmp_path, 11)
     assert next(done for done in seen if done) == 11
-    same(resumed.evidence["loss"], whole.evidence["loss"])
-    for name, table in whole.keep.select.tables.items():
-        same(resumed.keep.select.tables[name], table)
 
 
 def test_networks_of_another_plan(tmp_path: Path, llama: Model) -> None:
-    plan = locret(llama, budget=0.5)
-    path = plan.write(str(tmp_path / "plan"))
-    again = locret(llama, budget=0.1, weights=path)
-    assert float(again.keep.select.budget[0, 0]) == pytest.approx(0.1)
-    for name, table in plan.keep.select.tables.items():
-        same(again.keep.select.tables[name], table)
+    path = str(reused(functools.partial(locret, llama), tmp_path))
     other = calibrate("snapkv", {}, model=llama).write(str(tmp_path / "other"))
     with pytest.raises(InputError, match="not trained by this method"):
         locret(llama, weights=other)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.bulk import Bulk
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.thinned import Thinned
 from kvtool.errors import InputError
 from kvtool.plan import compose
 from tests import models
@@ -17,8 +17,8 @@ from tests.running import feed
 from tests.tolerance import close
 
 
-def lanes(cache: SegmentCache) -> list[Bulk]:
-    return [lane for layer in cache.segments for lane in layer.lanes() if isinstance(lane, Bulk)]
+def lanes(cache: SegmentCache) -> list[Thinned]:
+    return [lane for layer in cache.segments for lane in layer.lanes() if isinstance(lane, Thinned)]
 
 
 def test_an_outlier_channel_gives_its_size_to_the_query() -> None:

@@ -8,6 +8,9 @@ import torch
 from kvtool.cache.budgets.slope import falling
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
+from kvtool.methods import pyramidkv
+from kvtool.methods._base import Context
+from kvtool.methods.pyramidkv import dealt, rungs
 from tests import models
 from tests.models import random_ids
 from tests.running import feed
@@ -50,3 +53,45 @@ def test_lower_layers_hold_more() -> None:
     assert entries[0, 0] > entries[1, 0] > entries[2, 0]
     assert abs(int(entries.sum()) - 18 * entries.numel()) <= entries.numel()
     assert torch.equal(entries[:, 0], torch.tensor(falling(16, 58, 3, 10)) + 2)
+
+
+CALIBRATED = dict(mode="calibrated", samples=2, tokens=240, steps=2, window=2)
+
+
+def test_the_layer_that_errs_more_with_little_keeps_more() -> None:
+    """Errors fall to 0 at 3 rungs: layer 1 saves 0.5 a rung first, then layer 0 0.2; layer 2 saves next to nothing."""
+    error = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.5, 0.1], [0.02, 0.01, 0.0]])
+    assert dealt([10, 20, 30], error, 20, 2) == [20, 30, 10]
+    assert dealt([10, 20, 30], error, 17, 2) == [11, 30, 10]  # what is over does not reach another rung
+    assert dealt([10, 20, 30], error.flip(0), 20, 2) == [10, 30, 20]
+
+
+def test_rungs_leave_the_window_and_end_with_the_prompt() -> None:
+    assert rungs(256, 8, 1024) == [64, 128, 192, 256, 320, 384, 512, 768]
+    assert rungs(20, 8, 50) == [9, 10, 15, 20, 25, 30, 40, 50]
+
+
+def test_calibrated_layers_hold_the_mean_budget() -> None:
+    model = models.with_tokenizer(models.double("llama"))
+    plan = calibrate("pyramidkv", {**CALIBRATED, "budget": 0.25}, model=model)
+    assert plan.keep is not None
+    assert plan.keep.select is not None
+    budget, error = plan.keep.select.budget, plan.evidence["error"]
+    assert float(budget.mean()) == pytest.approx(0.25)
+    assert len(budget[:, 0].unique()) > 1
+    assert bool((budget == budget[:, :1]).all())
+    assert error.shape == (3, 8)
+    assert bool((error[:, 0] > error[:, -1]).all())
+    cache = SegmentCache(model, plan)
+    feed(model, cache, random_ids(1, 60, seed=1), [60])
+    cache.finish()
+    assert cache.entries()[:, 0].tolist() == [round(60 * share) for share in budget[:, 0].tolist()]
+
+
+@pytest.mark.parametrize("budget", [1.0, 900])
+def test_nothing_is_measured_where_nothing_goes(budget: float) -> None:
+    geometry = models.shared("llama").geometry
+    keep = pyramidkv.calibrate(Context(geometry), pyramidkv.Options(mode="calibrated", budget=budget, tokens=240)).keep
+    assert keep is not None
+    assert keep.select is not None
+    assert bool((keep.select.budget == budget).all())

@@ -14,6 +14,7 @@ from kvtool.methods.rlkv import penalty
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests import models
+from tests.methods.training import interrupted
 from tests.models import INDUCTION, random_ids, with_tokenizer
 from tests.tolerance import close, same
 
@@ -67,21 +68,9 @@ def test_a_second_update_on_the_same_answers_is_another_step(induction: Model) -
 
 
 def test_an_interrupted_training_resumes_where_it_was(tmp_path: Path, induction: Model) -> None:
-    def stop(done: int, total: int, text: str) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    settings, model = {**SMALL, "steps": 4, "updates": 2, "patience": 0}, with_tokenizer(induction)
-    whole = calibrate("rlkv", settings, model=model)
-    state = tmp_path / "state"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("rlkv", settings, model=model, state=state, progress=stop)
-    seen: list[int] = []
-    resumed = calibrate("rlkv", settings, model=model, state=state, progress=lambda done, *_: seen.append(done))
+    settings = {**SMALL, "steps": 4, "updates": 2, "patience": 0}
+    seen = interrupted("rlkv", settings, with_tokenizer(induction), tmp_path, 3)
     assert [done for done in sorted(set(seen)) if done > min(seen)] in ([3, 4], [4])
-    for name in ("alpha", "reward"):
-        same(resumed.evidence[name], whole.evidence[name])
-    assert not state.exists()
 
 
 def test_it_stops_when_the_choice_has_settled(induction: Model) -> None:

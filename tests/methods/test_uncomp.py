@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
-from kvtool.methods.uncomp import caps
+from kvtool.methods import uncomp as uncomp_
+from kvtool.methods._base import Context
+from kvtool.methods.uncomp import caps, groups
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests import models
@@ -21,16 +25,43 @@ def uncomp(model: Model, **settings: object) -> Plan:
 
 
 def test_the_budgets_of_the_released_script() -> None:
-    assert caps(64, 0.25, 4, 8) == (16, 112)
-    assert caps(576, 2 / 3, 4, 8) == (384, 768)
+    assert caps(64, 0.25, [4, 4]) == [16, 112]
+    assert caps(576, 2 / 3, [4, 4]) == [384, 768]
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.6, 0.9, 1.0])
-@pytest.mark.parametrize(("high", "heads"), [(1, 1), (1, 2), (2, 3), (4, 8)])
-def test_the_mean_is_the_budget_and_no_head_keeps_more_than_all(high: int, heads: int, budget: float) -> None:
-    small, large = caps(budget, 0.25, high, heads)
-    assert small <= large <= 1
-    assert (high * large + (heads - high) * small) / heads == pytest.approx(budget)
+@pytest.mark.parametrize("sizes", [[1], [1, 1], [1, 2], [4, 4], [2, 2, 2, 2], [1] * 8])
+def test_the_mean_is_the_budget_and_no_head_keeps_more_than_all(sizes: list[int], budget: float) -> None:
+    made = caps(budget, 0.25, sizes)
+    assert made == sorted(made)
+    assert made[-1] <= 1 + 1e-9
+    mean = sum(size * each for size, each in zip(sizes, made, strict=True)) / sum(sizes)
+    assert mean == pytest.approx(budget)
+
+
+def test_places_are_dealt_into_groups() -> None:
+    """The upper group is the larger half, and there are no more groups than heads."""
+    assert groups(5, 2).tolist() == [0, 0, 1, 1, 1]
+    assert groups(8, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert groups(3, 32).tolist() == [0, 1, 2]
+
+
+def test_votes_of_texts_make_four_groups() -> None:
+    """Planted: in layer 0 heads 6 and 7 are highest in most texts, and 0 and 1 lowest in all."""
+    g = dataclasses.replace(models.shared("llama").geometry, kv_heads=8, query_heads=8)
+    places = torch.zeros(g.layers, 8, 8).double()
+    for text in range(3):
+        order = [0, 1, 2, 3, 4, 5, 6, 7] if text else [1, 0, 6, 7, 4, 5, 2, 3]
+        for place, head in enumerate(order):
+            places[:, head, place] += 1
+    seen = {"places": places, "entropy": torch.zeros(g.layers, 8).double(), "sequences": torch.tensor([3.0])}
+    context = Context(g, trace={"query-entropy": seen})  # type: ignore[arg-type]
+    plan = uncomp_.calibrate(context, uncomp_.Options(budget=64, groups=4))
+    assert plan.facts == {"budgets": [16.0, 48.0, 80.0, 112.0]}
+    assert plan.keep is not None
+    assert plan.keep.select is not None
+    assert plan.keep.select.budget[0].tolist() == [16, 16, 48, 48, 80, 80, 112, 112]
+    assert plan.evidence["votes"][0].tolist() == pytest.approx([0, 0, 5 / 3, 5 / 3, 2, 2, 7 / 3, 7 / 3])
 
 
 def test_the_head_whose_queries_point_one_way_keeps_less() -> None:
@@ -42,7 +73,7 @@ def test_the_head_whose_queries_point_one_way_keeps_less() -> None:
     plan = uncomp(model, budget=0.4)
     assert plan.keep is not None
     assert plan.keep.select is not None
-    assert plan.evidence["high"][1].tolist() == [0, 1]
+    assert plan.evidence["votes"][1].tolist() == [0, 1]
     assert plan.keep.select.budget[1].tolist() == pytest.approx([0.1, 0.7])
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.bulk import Bulk
 from kvtool.cache.scores._base import View, reduced
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.thinned import Thinned
 from kvtool.encoding.codecs import Affine
 from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.fitted import Root
@@ -55,7 +55,7 @@ def test_classes_hold_their_shares() -> None:
     cache.finish()
     for layer in cache.segments:
         for lane in layer.lanes():
-            assert isinstance(lane, Bulk)
+            assert isinstance(lane, Thinned)
             assert lane.rest is not None
             assert (lane.bulk.length, lane.recent.length, lane.rest.length) == (30, 0, 20)
     feed(model, cache, random_ids(1, 13, seed=1), [1] * 13)

@@ -39,14 +39,14 @@ def attend_packed(
     step = BLOCK - BLOCK % max(side.group if isinstance(side, Packed) else 1 for side in (keys, values))
     partial = None
     for start in range(0, entries, step):
-        k, v = (_decoded(side, start, min(start + step, entries)).to(q.dtype) for side in (keys, values))
+        k, v = (decoded(side, start, min(start + step, entries)).to(q.dtype) for side in (keys, values))
         made = attend_cpu.attend(q, k, v, scale=scale, softcap=softcap)
         partial = made if partial is None else merge(partial, made)
     assert partial is not None
     return partial
 
 
-def _decoded(side: Packed | torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def decoded(side: Packed | torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Entries `start` to `stop`, dense."""
     if isinstance(side, torch.Tensor):
         return side[:, :, start:stop]

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kvtool_kernels.packed import Packed
+from kvtool_kernels.quantize.triton import dequantize
 from kvtool_kernels.tiles import (
     INTERPRETED,
     INTERPRETED_TILE,
@@ -38,10 +40,10 @@ def pairs(index, half, width, INTERLEAVED: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def attend_latent_kernel(
-    q, z, basis, v, positions, cos, sin, out, lse,
+    q, z, basis, offset, v, positions, cos, sin, out, lse,
     q_b, q_h, q_t, z_b, z_h, z_s, basis_h, basis_r, v_b, v_h, v_s, positions_b, positions_h, positions_s,
-    heads, group, tokens, entries, width, rank, half, value_width, chunk, scale, softcap,
-    INTERLEAVED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, R: tl.constexpr, DV: tl.constexpr,
+    heads, group, share, value_share, tokens, entries, width, rank, half, value_width, chunk, scale, softcap,
+    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, R: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // group
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -54,10 +56,17 @@ def attend_latent_kernel(
     place = q + batch * q_b + head[:, None] * q_h + token[:, None].to(tl.int64) * q_t
     q_one = tl.load(place + one[None, :], mask=real[:, None] & paired[None, :], other=0.0)
     q_two = tl.load(place + two[None, :], mask=real[:, None] & paired[None, :], other=0.0)
-    z += batch * z_b + kv_head * z_h
-    v += batch * v_b + kv_head * v_h
+    latent_head, apart = kv_head // share, kv_head % share * width
+    z += batch * z_b + latent_head * z_h
+    v += batch * v_b + kv_head // value_share * v_h
     positions += batch * positions_b + kv_head * positions_h
-    basis += kv_head * basis_h
+    basis += latent_head * basis_h + apart
+    base_one = tl.zeros([P], tl.float32)
+    base_two = tl.zeros([P], tl.float32)
+    if OFFSET:
+        offset += latent_head * share * width + apart
+        base_one += tl.load(offset + one, mask=paired, other=0.0)
+        base_two += tl.load(offset + two, mask=paired, other=0.0)
     low = tl.program_id(2) * chunk
     high = tl.minimum(low + chunk, entries)
     top = tl.full([M], float("-inf"), tl.float32)
@@ -66,8 +75,8 @@ def attend_latent_kernel(
     for start in range(low, high, N):
         entry = (start + tl.arange(0, N)).to(tl.int64)
         inside = entry < high
-        k_one = tl.zeros([N, P], tl.float32)
-        k_two = tl.zeros([N, P], tl.float32)
+        k_one = tl.zeros([N, P], tl.float32) + base_one[None, :]
+        k_two = tl.zeros([N, P], tl.float32) + base_two[None, :]
         for begin in range(0, rank, R):
             part = begin + tl.arange(0, R)
             latent = tl.load(
@@ -100,35 +109,41 @@ def attend_latent_kernel(
 
 def attend_latent(
     q: torch.Tensor,
-    z: torch.Tensor,
-    basis: torch.Tensor,
-    v: torch.Tensor,
+    z: Packed | torch.Tensor,
+    basis: torch.Tensor | None,
+    v: Packed | torch.Tensor,
     positions: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
     scale: float,
+    offset: torch.Tensor | None = None,
     interleaved: bool = False,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.attend_latent`."""
+    """As `reference.attend_latent`; what is coded is decoded before."""
+    z, v = (dequantize(side, q.dtype) if isinstance(side, Packed) else side.to(q.dtype) for side in (z, v))
+    if basis is None:
+        basis = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)[None]
     q, z, basis, v = channels_last(q, z, basis, v)
     cos, sin = cos.contiguous(), sin.contiguous()
     batch, heads, tokens, width = q.shape
-    kv_heads, rank, _ = basis.shape
-    entries, value_width = v.shape[2:]
+    shared, rank, share = z.shape[1], basis.shape[1], basis.shape[2] // width
+    kv_heads, (entries, value_width) = shared * share, v.shape[2:]
     group = heads // kv_heads
-    z, v = (x.expand(batch, kv_heads, *x.shape[2:]) for x in (z, v))
+    basis = basis.expand(shared, -1, -1)
+    base = None if offset is None else offset.float().expand(shared, -1).contiguous()
     positions = positions.expand(batch, kv_heads, entries)
     tile = latent_blocks(group * tokens, max(width, value_width), q.dtype)
     grid = triton.cdiv(group * tokens, tile["M"]), batch * kv_heads
     parts = Partials(q, value_width, grid[0] * grid[1], entries, tile["N"])
     if parts.rows:
         attend_latent_kernel[(*grid, parts.splits)](
-            q, z, basis, v, positions, cos, sin, parts.out, parts.lse,
+            q, z, basis, basis if base is None else base, v, positions, cos, sin, parts.out, parts.lse,
             *q.stride()[:3], *z.stride()[:3], *basis.stride()[:2], *v.stride()[:3], *positions.stride(),
-            heads, group, tokens, entries, width, rank, cos.shape[1], value_width, parts.chunk, scale, softcap,
-            INTERLEAVED=interleaved, P=pad(width // 2), DV=pad(value_width), **tile,
+            heads, group, share, kv_heads // v.shape[1], tokens, entries, width, rank, cos.shape[1], value_width,
+            parts.chunk, scale, softcap,
+            OFFSET=base is not None, INTERLEAVED=interleaved, P=pad(width // 2), DV=pad(value_width), **tile,
         )  # fmt: skip
     return parts.merged()
 

@@ -41,8 +41,8 @@ ROWS = {
         ladder=tuple(dict(budget=share, window=2, kernel=3) for share in (0.05, 0.2, 0.5, 1.0)),
     ),
     "pyramidkv": Row(
-        tiny=(dict(budget=0.4, window=3, kernel=3, beta=4),),
-        lossless=(dict(budget=1.0),),
+        tiny=(dict(budget=0.4, window=3, kernel=3, beta=4), CALIBRATED | dict(budget=0.4, window=3, steps=2)),
+        lossless=(dict(budget=1.0), dict(budget=1.0, mode="calibrated")),
         ladder=tuple(dict(budget=share, window=2, kernel=3, beta=2) for share in (0.1, 0.3, 0.6, 1.0)),
     ),
     "h2o": Row(
@@ -56,7 +56,10 @@ ROWS = {
         ladder=tuple(dict(keep=count) for count in (2, 8, 24, 900)),
     ),
     "scissorhands": Row(
-        tiny=(dict(budget=0.5, history=3, recent=3, drop=0.3),),
+        tiny=(
+            dict(budget=0.5, history=3, recent=3, drop=0.3),
+            dict(budget=0.5, history=3, recent=3, mode="calibrated", floor=0.3),
+        ),
         lossless=(dict(budget=900),),
         ladder=tuple(dict(budget=count, history=2, recent=2, drop=0.25) for count in (4, 10, 30, 900)),
     ),
@@ -148,7 +151,7 @@ ROWS = {
         ladder=tuple(dict(budget=share, sink=1, mode="prompt") for share in (0.05, 0.2, 0.5, 1.0)),
     ),
     "uncomp": Row(
-        tiny=(dict(budget=0.4, window=3, kernel=3), dict(budget=9, low=0.6, window=2, decode="append")),
+        tiny=(dict(budget=0.4, window=3, kernel=3), dict(budget=9, low=0.6, groups=3, window=2, decode="append")),
         lossless=(dict(budget=1.0, decode="append"), dict(budget=900)),
         ladder=(*(dict(budget=share, window=2, kernel=3) for share in (0.05, 0.2, 0.5)), dict(budget=900)),
     ),

@@ -40,5 +40,29 @@ ROWS = {
             dict(budget=share, factor=0, marks=MARKS, whole=0, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)
         ),
     ),
+    "retroinfer": Row(
+        tiny=(
+            dict(budget=0.2, estimated=0.3, unit=3, sink=1, recent=3),
+            dict(budget=5, estimated=0, unit=2, dense=1, sink=0, recent=1, slow=False),
+        ),
+        lossless=(dict(budget=1.0, unit=4), dict(recent=900)),
+        ladder=tuple(dict(budget=share, estimated=0, unit=4, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
+    ),
+    "sparf": Row(
+        tiny=(
+            dict(budget=0.3, channels=0.5, page=4, recent=3),
+            dict(budget=5, channels=3, tail="drop", heads="max", dense=1, sink=2, recent=1),
+        ),
+        lossless=(dict(budget=1.0), dict(recent=900)),
+        ladder=tuple(dict(budget=share, channels=2, recent=1) for share in (0.02, 0.2, 0.5, 1.0)),
+    ),
+    "tidal": Row(
+        tiny=(
+            dict(budget=0.3, dense=0, selectors=1, recent=3),
+            dict(budget=5, mode="published", dense=0, again=1, heads="each", sink=2, recent=1),
+        ),
+        lossless=(dict(budget=1.0), dict(mode="published", recent=900)),
+        ladder=tuple(dict(budget=share, dense=0, selectors=1, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
+    ),
     "draft": Row(tiny=(), lossless=({}, dict(tokens=1)), ladder=()),
 }

@@ -1,0 +1,110 @@
+"""`attend_latent` on the CPU: keys are rebuilt and turned in blocks that stay in a core's cache, and never held.
+
+    logits_j = scale · q · rotate(z_j · basis + offset),   block by block;   out, lse = attention of those over v
+
+The product with the basis is nearly all the work, and PyTorch's is as quick as the processor; a group of query heads
+shares it. What is left is attention over known logits, for which the loops of `attend_packed` need no other form: with
+the identity for queries, logits are keys. So values are read as they are written.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool_kernels._native.record import FEW
+from kvtool_kernels.attend_packed.cpu import attend_packed, decoded
+from kvtool_kernels.latent import reference
+from kvtool_kernels.packed import Packed
+
+BLOCK = 1024  # entries whose keys are rebuilt at a time; a multiple of every group of entries
+
+
+def attend_latent(
+    q: torch.Tensor,
+    z: Packed | torch.Tensor,
+    basis: torch.Tensor | None,
+    v: Packed | torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    scale: float,
+    offset: torch.Tensor | None = None,
+    interleaved: bool = False,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.attend_latent`."""
+    given = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in (q, z, v))
+    if given or not q.numel() or not (v.tokens if isinstance(v, Packed) else v.shape[2]):
+        return reference.attend_latent(
+            q, z, basis, v, positions, cos, sin,
+            scale=scale, offset=offset, interleaved=interleaved, softcap=softcap,
+        )  # fmt: skip
+    logits = _logits(q.float() * scale, z, basis, offset, positions, cos.float(), sin.float(), interleaved)
+    return _weighed(q, logits, v, softcap)
+
+
+def _logits(
+    q: torch.Tensor,
+    z: Packed | torch.Tensor,
+    basis: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+) -> torch.Tensor:
+    """fp32 [B,S,H·T], a KV head's rows side by side."""
+    batch, heads, tokens, width = q.shape
+    shared = (z.codes if isinstance(z, Packed) else z).shape[1]
+    across = basis.shape[2] if basis is not None else (z.width if isinstance(z, Packed) else z.shape[3])
+    count = across // width
+    rows = heads // (shared * count) * tokens
+    entries = z.tokens if isinstance(z, Packed) else z.shape[2]
+    asked = q.reshape(batch, shared, count, rows, width).transpose(-1, -2)
+    logits = torch.empty(batch, entries, shared, count, rows)
+    basis = None if basis is None else basis.float()
+    for low in range(0, entries, BLOCK):
+        high = min(low + BLOCK, entries)
+        keys = reference.rebuilt(decoded(z, low, high).float(), basis, offset, width)
+        if cos.shape[1]:
+            if basis is None and offset is None and isinstance(z, torch.Tensor):
+                keys = keys.clone()  # they are what is held
+            places = positions[..., low:high]
+            each = 1 if places.shape[1] == 1 else count
+            places = places.unflatten(1, (-1, each))
+            _turn(keys, cos[places], sin[places], interleaved)
+        logits[:, low:high] = (keys @ asked).permute(0, 3, 1, 2, 4)
+    return logits.flatten(2)
+
+
+def _turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> None:
+    """keys [B,K',n,S,D] turned in place; cos and sin [B|1,K'|1,n|1,S,R/2]."""
+    half = cos.shape[-1]
+    if interleaved:
+        a, b = keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]
+    else:
+        a, b = keys[..., :half], keys[..., half : 2 * half]
+    crossed = a * sin
+    a.mul_(cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).add_(crossed)
+
+
+def _weighed(
+    q: torch.Tensor, logits: torch.Tensor, v: Packed | torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of logits [B,S,H·T] over v: each row is a query that asks for one channel of a key."""
+    batch, heads, tokens, _ = q.shape
+    groups = (v.codes if isinstance(v, Packed) else v).shape[1]
+    rows = heads * tokens // groups
+    keys = logits.unflatten(2, (groups, rows)).transpose(1, 2)
+    outs, levels = [], []
+    for low in range(0, rows, FEW):
+        part = keys[..., low : low + FEW]
+        count = part.shape[-1]
+        asked = torch.eye(count)[None, :, None].repeat(batch, groups, 1, 1)
+        out, level = attend_packed(asked, part, v, scale=1.0, softcap=softcap)
+        outs.append(out.unflatten(1, (groups, count)))
+        levels.append(level.unflatten(1, (groups, count)))
+    out = torch.cat(outs, 2).reshape(batch, heads, tokens, -1)
+    return out.to(q.dtype), torch.cat(levels, 2).reshape(batch, heads, tokens)
