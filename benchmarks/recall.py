@@ -13,7 +13,7 @@ from _harness import table
 
 from kvtool import plan
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.commands.replay import find
+from kvtool.commands._shelf import find
 from kvtool.corpus.passkey import passkey as grid
 from kvtool.methods._base import best, full_attention
 from kvtool.model import Model, load

@@ -25,6 +25,9 @@ from kvtool.corpus import registry as corpora
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"(<!-- options: (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+SYSTEM = 9  # cells of a row of docs/systems.md, with the empty ones before and behind
+BUDGET = "0.25"  # whose line of the scoreboard it shows
+
 INTRODUCTION = """\
 # Command line
 
@@ -66,7 +69,34 @@ def pages() -> dict[Path, str]:
         text = path.read_text()
         if MARKED.search(text):
             made[path] = MARKED.sub(lambda found: found[1] + _marked(found[2], found[3]) + found[4], text)
+    made[DOCS / "systems.md"] = systems()
     return made
+
+
+def systems() -> str:
+    """The page of the systems, with the scoreboard's numbers in its last column."""
+    board = {row[1].strip("`"): row[2:] for row in map(_cells, (DOCS / "scoreboard.md").read_text().splitlines())
+             if len(row) > 8}  # fmt: skip
+    lines = (DOCS / "systems.md").read_text().splitlines()
+    return "\n".join(_scored(line, board) for line in lines) + "\n"
+
+
+def _scored(line: str, board: dict[str, list[str]]) -> str:
+    """A row of a system whose command names a method gets that method's line, if there is one."""
+    named, cells = re.search(r"`--method ([\w-]+)", line), _cells(line)
+    if len(cells) != SYSTEM or not named:
+        return line
+    row = board.get(f"{named[1]}@{BUDGET}", board.get(named[1]))
+    said = "not measured yet"
+    if row is not None:
+        held, passkey, needle, perplexity = row[:4]
+        said = f"{held}: passkey {passkey}, needle {needle}, perplexity × {perplexity}"
+    return " | ".join([*cells[:-2], f"{said} |"]).lstrip()
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a table's row, with what is before the first bar and behind the last."""
+    return [cell.strip() for cell in line.split("|")]
 
 
 def command_line() -> str:

@@ -7,9 +7,8 @@ positions must have the same key once its rotation is undone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from kvtool.errors import InputError
 from kvtool_kernels.precision import wide
 
 Table = tuple[torch.Tensor, torch.Tensor]
-_ROWS: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Table]] = WeakKeyDictionary()
+Tables = dict[tuple[object, ...], Table]
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Rotary:
     width: int  # how many of the head's first channels are rotated
     interleaved: bool
     doubled: bool = False  # the module gives each angle once (GPT-OSS), not once a channel
+    tables: Tables | None = field(default=None, compare=False, repr=False)  # `rows` by kind, for whoever shares them
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -52,19 +52,18 @@ class Rotary:
         return tuple(part[0].float().reshape(*positions.shape, -1) for part in (cos, sin))
 
     def rows(self, count: int, device: torch.device) -> Table:
-        """(cos, sin) fp32 [count, width/2] of positions 0 … count − 1, once a pair. Held for all layers of a kind."""
+        """(cos, sin) fp32 [count, width/2] of positions 0 … count − 1, once a pair."""
         if self.module is None:
             return torch.ones(count, 0, device=device), torch.ones(count, 0, device=device)
-        known = _ROWS.setdefault(self.module, {})
-        held = known.get((self.kind, device))
-        have = 0 if held is None else len(held[0])
-        if have < count:
-            table = self.table(torch.arange(have, count, device=device))
+        held = None if self.tables is None else self.tables.get(self.kind)
+        if held is None or len(held[0]) < count:
+            table = self.table(torch.arange(count, device=device))
             assert table is not None
             half = self.width // 2
-            new = [part[:, 0::2] if self.interleaved else part[:, :half] for part in table]
-            held = tuple(part.clone() if held is None else torch.cat([held[at], part]) for at, part in enumerate(new))
-            known[self.kind, device] = held
+            cos, sin = (part[:, 0::2] if self.interleaved else part[:, :half] for part in table)
+            held = cos.contiguous(), sin.contiguous()
+            if self.tables is not None:
+                self.tables[self.kind] = held
         return held[0][:count], held[1][:count]
 
     def rotate(self, x: torch.Tensor, table: Table | None) -> torch.Tensor:

@@ -81,7 +81,7 @@ def test_each_entry_has_its_section_and_no_section_is_left_over(name: str) -> No
 
 def test_derived_pages_are_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "docs/generate.py"))["pages"]()
-    assert {path.stem for path in made} == {"cli", "replay", "corpora", *ENTRIES["methods"]}
+    assert {path.stem for path in made} == {"cli", "replay", "corpora", "systems", *ENTRIES["methods"]}
     stale = [path.name for path, text in made.items() if path.read_text() != text]
     assert not stale, "run python docs/generate.py"
 
@@ -168,6 +168,18 @@ def test_the_models_of_the_tests_are_listed() -> None:
 
 def test_the_operations_are_listed() -> None:
     assert {row[0].strip("`") for row in table(page("development"), "op")} == set(ops.__all__)
+
+
+def test_each_method_stands_among_the_systems() -> None:
+    """In one row, whose link is its page and whose command names it; what is not built has no file."""
+    rows = table(page("systems"), "system")
+    linked = [found for row in rows for found in re.findall(r"\(methods/([\w-]+)\.md\)", row[0])]
+    named = [found for row in rows for found in re.findall(r"--method ([\w-]+)", row[2])]
+    others = [found[1] for row in table(page("systems"), "method") if (found := re.match(r"\[`([\w-]+)`\]", row[0]))]
+    assert linked == named
+    assert sorted([*named, *others]) == sorted(ENTRIES["methods"])
+    assert all(row[3:5] == ["–", "–"] and not row[6] for row in rows if row[2] == "not built")
+    assert {slot for row in rows for slot in row[1].split(", ")} == {"keep", "store", "read", "draft", "–"}
 
 
 def anchors(path: Path) -> set[str]:

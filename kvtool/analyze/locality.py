@@ -10,7 +10,7 @@ recent(w) + sink of the least local head at the layer's window: one head that lo
 local may still need everything. Sink and recent mass overlap in the rows that are shorter than w, so that windows near
 the length of the texts are too small: compare profiles of equal length, of several times the window of interest.
 
-With `overlap` in the trace: how much of what a layer looks at most the layer before looks at most too, and what a
+With `layer-overlap` in the trace: how much of what a layer looks at most the layer before looks at most too, and what a
 choice by layer i finds of what layer j's own would (mass[i, j] / mass[j, j]; TidalDecode, arXiv 2410.05076). With
 `jumps`: the same overlap from one token to the next, as a Jaccard index of a tenth of the entries, and the cosine of
 the two queries (LouisKV, arXiv 2510.11292).
@@ -65,7 +65,7 @@ def find(trace: Trace) -> Finding:
         rows.append((layer, *near, cell(sink[layer].mean()), own, cell(worst[layer]), f"{layer}.{int(which[layer])}"))
     figures = {"locality": partial(_figure, borders, recent.mean(1))}
     made = Finding("locality", _headline(window, worst), columns, rows, data, figures)
-    for name, counter, more in (("overlap", "rows", _across), ("jumps", "count", _along)):
+    for name, counter, more in (("layer-overlap", "rows", _across), ("jumps", "count", _along)):
         if name in trace.statistics and bool(trace[name][counter].any()):
             made = _with(made, *more(trace))
     return made
@@ -90,7 +90,7 @@ def _with(
 
 def _across(trace: Trace) -> More:
     """From layer to layer."""
-    statistic, rows = observed(trace, "overlap", "rows")
+    statistic, rows = observed(trace, "layer-overlap", "rows")
     nothing = torch.tensor([window is not None for window in trace.geometry.windows])
     hidden = nothing[:, None] | nothing
     mass = (statistic["mass"] / rows).masked_fill(hidden, float("nan"))

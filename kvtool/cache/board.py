@@ -6,9 +6,12 @@ follower has taken them, so that the board is empty between calls.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kvtool.cache.pool import Pool
+from kvtool.rotary import Rotary, Tables
 
 Post = tuple[torch.Tensor, torch.Tensor | None]  # which choosers choose anew, bool [B,C]; and if any, scores [B,C,U]
 
@@ -18,7 +21,12 @@ class Board:
 
     def __init__(self) -> None:
         self.posts: dict[tuple[int, ...], tuple[int, Post]] = {}
+        self.tables: Tables = {}  # of rotations, computed once a call for all layers
         self.pools: dict[tuple[int, int], Pool] = {}  # by part and first layer, of layers that are written as one
+
+    def rotary(self, rotary: Rotary) -> Rotary:
+        """The same, sharing its tables with other layers until the last layer is done."""
+        return replace(rotary, tables=self.tables)
 
     def post(self, key: tuple[int, ...], readers: int, post: Post) -> None:
         """For so many readers."""

@@ -110,16 +110,17 @@ def _lane(
 def _stored(model: Model, store: Store, place: Place, number: int) -> dict[str, Any]:
     """What a lane is told of how its entries are encoded."""
     layer, heads = place.layer, list(place.heads)
-    options: dict[str, Any] = {"rotary": model.rotary(layer)}
+    options: dict[str, Any] = {"rotary": place.board.rotary(model.rotary(layer))}
     if number != RAW:
         chain = _chain(store)
         pairs, limits = [_pair(one, layer, heads, model) for one in chain], [one.held for one in chain[:-1]]
         options |= {"sink": store.sink, "recent": store.recent, "block": store.block}
+        options["once"] = store.once
         options |= {"key": pairs[0][0], "value": pairs[0][1], "older": pairs[1:], "limits": limits}
         if len(store.span(layer)) > 1:
             options["member"] = _member(model, store, place, number)
     if store.rest is not None and int(store.rest.index[layer, heads[0]]) != RAW:
-        coded = Coded(*_pair(store.rest, layer, heads, model), model.rotary(layer))
+        coded = Coded(*_pair(store.rest, layer, heads, model), options["rotary"])
         options["rest"] = Rest(coded, store.rest.block)
     return options
 
@@ -147,7 +148,7 @@ def _member(model: Model, store: Store, place: Place, number: int) -> Member:
     span = store.span(place.layer)
     first = span[0]
     if place.layer == first:
-        coded = Coded(store.keys[number], store.values[number], model.rotary(first))
+        coded = Coded(store.keys[number], store.values[number], place.board.rotary(model.rotary(first)))
         place.board.pools[place.part, first] = Pool(coded, len(span), model.geometry.kv_heads)
     elif model.rotary(place.layer).kind != model.rotary(first).kind and not store.keys[number].rotated:
         raise InputError(

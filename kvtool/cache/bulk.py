@@ -36,6 +36,7 @@ from kvtool_kernels.ops import attend, merge
 class Bulk(Lane):
     """`block` None: nothing leaves `recent`. `key`, `value` None: the bulk is held raw, for `reader` to choose from.
 
+    once: nothing leaves `recent` after the prompt's end.
     older, limits: the encodings that follow with age, and how many entries each one before them holds.
     """
 
@@ -48,6 +49,7 @@ class Bulk(Lane):
         block: int | None = None,
         key: Encoding | None = None,
         value: Encoding | None = None,
+        once: bool = False,
         older: Sequence[tuple[Encoding, Encoding]] = (),
         limits: Sequence[int] = (),
         rotary: Rotary | None = None,
@@ -67,6 +69,7 @@ class Bulk(Lane):
         self.positions: torch.Tensor | None = None  # int64 [B,K,N] of all entries not shared, where they are needed
         self.fed = self.origin = 0
         self.finished = not self.fits
+        self.once, self.closed = once, False
 
     def _watch(self, *encodings: Encoding | None) -> bool:
         """Note which queries these encodings look at; do any fit themselves?"""
@@ -112,6 +115,8 @@ class Bulk(Lane):
             return [tokens]
         if self.reader is not None:
             return [1] * tokens
+        if self.closed:
+            return [tokens]
         room = self._lacking() + self.limits[1] + self.block - self.recent.length
         first = min(tokens, room)
         rest = tokens - first
@@ -223,7 +228,7 @@ class Bulk(Lane):
 
     def _move(self) -> None:
         """Sinks first, then whole blocks into the bulk."""
-        if self.block is None or not self.finished:
+        if self.block is None or not self.finished or self.closed:
             return
         spare = self.recent.length - self.limits[1]
         missing = min(self._lacking(), spare)
@@ -251,11 +256,12 @@ class Bulk(Lane):
         """The prompt is in."""
         self.finished = True
         self._move()
+        self.closed = self.once
         self.queries = self.queries if self._unfitted() else []
 
     def _unfitted(self) -> bool:
         """Is there still an encoding that is to be fitted, to the first entries that it is given?"""
-        return self.fits and self.bulk.length == 0
+        return self.fits and self.bulk.length == 0 and not self.closed
 
     def look(self, q: torch.Tensor, step: Step) -> None:
         """Let encodings that fit themselves see q [B,H,T,D], the queries of the newest entries, all of them recent."""

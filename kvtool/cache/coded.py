@@ -176,16 +176,21 @@ class Coded(Segment):
         return k if self.key.rotated else self._turn(k, low, high, back=False)
 
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Only the chosen units are decoded, as long as no transform mixes heads, whose units differ."""
+        """Only the chosen units are decoded, once for each of the heads that a transform mixes, whose units differ."""
         block = math.lcm(self.key.block, self.value.block)
-        if unit % block or self.key.joined > 1 or self.value.joined > 1:
+        if unit % block:
             index = entries_of(units, unit)[..., None]
             k, v = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in self.recall())
             return k, v
         sides = []
         for side, encoding, width in (("key", self.key, self.width[0]), ("value", self.value, self.width[1])):
-            chosen = {n: self._units(t, units, unit) for n, t in self.parts[side].items()}
-            sides.append(encoding.decode(chosen, width).to(self.dtype))
+            mixed = encoding.joined
+            each = []
+            for head in range(mixed):
+                own = units[:, head::mixed]
+                chosen = {n: self._units(t, own, unit) for n, t in self.parts[side].items()}
+                each.append(encoding.decode(chosen, width)[:, head::mixed].to(self.dtype))
+            sides.append(torch.stack(each, 2).flatten(1, 2))
         if not self.key.rotated:
             assert self.rotary is not None
             held = self.positions(0, self.length).to(units.device)

@@ -210,7 +210,7 @@ class Reader:
         read = self._read(bulk.length // self.units.grain)
         batch, kv_heads, choosers, _ = read.shape
         if changed or self.young is not None or not self.fetched:
-            self.fetched = bulk.gather(read.clamp_min(0).flatten(2), self.units.grain)
+            self.fetched = self.units.restored(read, bulk.gather(read.clamp_min(0).flatten(2), self.units.grain))
         k, v = (x.reshape(batch * kv_heads * choosers, 1, -1, x.shape[-1]) for x in self.fetched)
         if not self.slow or self.spec.period == 1 or self.young is not None:
             self.fetched = ()
@@ -247,7 +247,7 @@ class Reader:
                 looked = looked * self.looks // self.asks
         if whole:
             return looked + bulk.read_bytes()
-        return looked + self.units.tail_bytes() + self._chosen_bytes(bulk)
+        return looked + self.units.tail_bytes() + self.units.exact_bytes() + self._chosen_bytes(bulk)
 
     def _chosen_bytes(self, bulk: Segment) -> int:
         """Bytes of the pages that the union of each KV head's choices touches."""

@@ -90,6 +90,7 @@ class SegmentCache(Cache):
                 by_row=per_row(plan),
                 finish=self.finish,
                 filled=lambda layer: self._filled(layer, prompt_length),
+                done=board.tables.clear if index == model.geometry.layers - 1 else lambda: None,
             )
             for index in range(model.geometry.layers)
         ]

@@ -68,9 +68,11 @@ class SegmentLayer(Layer):
         by_row: bool,
         finish: Callable[[], None],
         filled: Callable[[SegmentLayer], None],
+        done: Callable[[], None],
     ):
         super().__init__()
         self.make, self.strict, self.by_row, self.finish, self.filled = make, strict, by_row, finish, filled
+        self.done = done  # told of each attention's end
         self.parts: list[Part] = []
         self.columns = 0
         self.prefix = 0  # columns that all rows share
@@ -104,6 +106,7 @@ class SegmentLayer(Layer):
                     out[at], lse[at] = part.step(q[at], k[at], v[at], self._step(part, tokens))
         if start == 0:
             self.filled(self)
+        self.done()
         return _with_sink_logits(*self._beside(q, (out, lse), self.inserted), call)
 
     def trial(
@@ -113,6 +116,7 @@ class SegmentLayer(Layer):
         self.scale, self.softcap = call.scale, call.softcap
         part = self.parts[number]
         out = part.trial(q, k, v, self._step(part))
+        self.done()
         return _with_sink_logits(*self._beside(q, out, [x[part.rows] for x in self.inserted]), call)
 
     def insert(self, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -45,6 +45,8 @@ class Units:
         self.means: torch.Tensor | None = None  # with a cut: mean keys of units [B,K,U,D], which `parts` are made from
         self.made = 0  # clusters that were made before the first run
         self.agreement: torch.Tensor | None = None  # the least cosine of a unit's keys with their mean, fp32 [B,K,U]
+        self.rarest: torch.Tensor | None = None  # with `exact`: which units are held as they came, int64 [B,K,N]
+        self.raw: tuple[torch.Tensor, ...] = ()  # their keys and values [B,K,N,unit,D]
         self.width = 0
 
     def append(self, k: torch.Tensor, v: torch.Tensor, runs: torch.Tensor | None = None) -> None:
@@ -63,9 +65,35 @@ class Units:
                 self.values = _joined(self.values, wide(v.unflatten(2, (-1, self.spec.unit))).mean(3).to(v.dtype))
             if self.spec.outliers:
                 cosine = torch.cosine_similarity(wide(keys), wide(keys).mean(3, keepdim=True), dim=-1)
-                self.agreement = _joined(self.agreement, cosine.amin(-1))
+                self._agree(cosine.amin(-1), keys, v.unflatten(2, (-1, self.spec.unit)))
         elif runs is not None and (self.spec.form == "run" or self.labels is not None):
             self._grow(k, v, runs + self.made)
+
+    def _agree(self, least: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """New units k, v [B,K,U,unit,D] of the least cosines [B,K,U] have come; of all, the outliers are held."""
+        known = 0 if self.agreement is None else self.agreement.shape[2]
+        self.agreement = _joined(self.agreement, least)
+        if not self.spec.exact:
+            return
+        new = torch.arange(known, known + k.shape[2], device=k.device).expand(k.shape[:3])
+        number = new if self.rarest is None else torch.cat([self.rarest, new], 2)
+        raw = [torch.cat([old, x], 2) for old, x in zip(self.raw, (k, v), strict=True)] if self.raw else [k, v]
+        agreement = self.agreement.gather(2, number)
+        best = agreement.topk(min(self.spec.outliers, number.shape[2]), dim=-1, largest=False).indices
+        self.rarest = number.gather(2, best)
+        self.raw = tuple(x.gather(2, best[..., None, None].expand(-1, -1, -1, *x.shape[3:])) for x in raw)
+
+    def restored(self, read: torch.Tensor, x: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Keys and values [B,K,C·M·unit,D] of the choice read [B,K,C,M], outliers as they came."""
+        if self.rarest is None:
+            return x
+        same = read.flatten(2)[..., None] == self.rarest[:, :, None]  # [B,K,C·M,N]
+        found, place = same.any(-1)[..., None, None], same.int().argmax(-1)[..., None, None]
+        sides = []
+        for side, raw in zip(x, self.raw, strict=True):
+            units = side.unflatten(2, (-1, self.spec.unit))
+            sides.append(torch.where(found, raw.gather(2, place.expand_as(units)), units).flatten(2, 3))
+        return tuple(sides)
 
     def _grow(self, k: torch.Tensor, v: torch.Tensor, labels: torch.Tensor) -> None:
         """Entries join the runs labels int32 [B,K,S]."""
@@ -123,7 +151,7 @@ class Units:
         if self.agreement is None:
             return ranked
         count = min(self.spec.outliers, ranked.shape[3])
-        least = self.agreement.topk(count, dim=-1, largest=False).indices
+        least = self.agreement.topk(count, dim=-1, largest=False).indices if self.rarest is None else self.rarest
         return ranked.scatter(3, self._over(least, ranked.shape[2]), float("inf"))
 
     def unread(self, choice: torch.Tensor, units: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,6 +174,10 @@ class Units:
             return 0 if whole else round(self.rule.share(self.given, self.width, group) * bulk.key_bytes())
         return sum(part.nbytes for part in self.parts) + (0 if self.means is None else self.means.nbytes)
 
+    def exact_bytes(self) -> int:
+        """Bytes of the outliers that are held as they came."""
+        return sum(x.nbytes for x in self.raw)
+
     def tail_bytes(self) -> int:
         """Bytes of values that stand for what is not read."""
         estimated = 0 if self.values is None else round(self.values.nbytes * self.spec.estimated)
@@ -153,13 +185,14 @@ class Units:
 
     def buffers(self) -> Iterator[torch.Tensor]:
         yield from self.parts
-        for held in (self.means, self.values, self.total, self.labels, self.sizes, self.agreement):
+        yield from self.raw
+        for held in (self.means, self.values, self.total, self.labels, self.sizes, self.agreement, self.rarest):
             if held is not None:
                 yield held
 
     def reorder(self, rows: torch.Tensor) -> None:
-        self.parts = tuple(part[rows] for part in self.parts)
-        for name in ("means", "values", "total", "labels", "sizes", "agreement"):
+        self.parts, self.raw = (tuple(part[rows] for part in parts) for parts in (self.parts, self.raw))
+        for name in ("means", "values", "total", "labels", "sizes", "agreement", "rarest"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held[rows])
 

@@ -14,9 +14,9 @@ from kvtool.calibrate import method, reads
 from kvtool.commands import _corpora
 from kvtool.commands._console import note, progress
 from kvtool.commands._scoreboard import show
+from kvtool.commands._shelf import find
 from kvtool.commands.calibrate import TEXT
 from kvtool.commands.profile import take
-from kvtool.commands.replay import find
 from kvtool.compare import board, figure
 from kvtool.compare.cells import Cell, cells, every_method, names, shares
 from kvtool.compare.journal import Journal

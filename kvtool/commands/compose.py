@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvtool import files, plan
+from kvtool.commands._shelf import find
 from kvtool.errors import InputError
 
 
@@ -13,6 +14,6 @@ def run(paths: list[str], output: str, force: bool) -> dict[str, Any]:
     files.check_output(output, force=force)
     if len(paths) < 2:
         raise InputError("nothing to compose", got=f"{len(paths)} plan", expected="two or more")
-    joined = plan.compose(*[plan.read(path) for path in paths])
+    joined = plan.compose(*[plan.read(find(path)) for path in paths])
     joined.write(output, force=force)
     return {"output": output, "kind": "plan", "method": joined.method, "slots": joined.slots}

@@ -11,7 +11,7 @@ from kvtool import files, plan
 from kvtool.analyze._base import DPI
 from kvtool.analyze._figures import style
 from kvtool.commands._console import note, progress, size, table
-from kvtool.commands.replay import find
+from kvtool.commands._shelf import find
 from kvtool.cost import figure as drawing
 from kvtool.cost import hardware
 from kvtool.cost.formulas import Cost, Network, Service

@@ -8,12 +8,11 @@ from typing import Any
 from kvtool import files, options, plan
 from kvtool.commands import _corpora
 from kvtool.commands._console import note, progress, size, table
+from kvtool.commands._shelf import find
 from kvtool.errors import InputError
 from kvtool.model import load
 from kvtool.replay.subject import Subject
 from kvtool.replay.verdict import Verdict, check, judging, replay, task
-
-SHELVES = (Path(__file__).parents[2] / "calibrations", Path(__file__).parents[1] / "calibrations")  # checkout, wheel
 
 
 def run(
@@ -46,22 +45,6 @@ def run(
 def write(path: str, document: str) -> None:
     """Write the verdict's JSON document."""
     files.replace(Path(path), document.encode())
-
-
-def find(path: str) -> str:
-    """A plan's path, or the path of the ready-made plan of that name; raises InputError when there is neither."""
-    if path == "-" or Path(path).exists():
-        return path
-    ready = {
-        file.name.removesuffix(".plan.safetensors"): file
-        for shelf in SHELVES
-        for file in shelf.glob("*.plan.safetensors")
-    }
-    if path not in ready:
-        raise InputError(
-            "no such plan", got=path, expected="a file" + (f", or one of {', '.join(sorted(ready))}" if ready else "")
-        )
-    return str(ready[path])
 
 
 def _tasks(tasks: str, settings: list[str]) -> dict[str, Any]:

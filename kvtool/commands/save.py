@@ -10,8 +10,8 @@ import torch
 from kvtool import files, plan, snapshot
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.commands._console import note, progress
+from kvtool.commands._shelf import find
 from kvtool.commands.inspect import sizes
-from kvtool.commands.replay import find
 from kvtool.corpus.sources import documents
 from kvtool.errors import InputError
 from kvtool.model import Model, load

@@ -27,7 +27,7 @@ class Read(Record):
         how many of its columns, or of the head's channels, it looks at (0: all), and `bits` what it holds of each
         number (0: all).
     sink, recent: entries that are always read, besides. outliers: so many units, too, per KV head: those whose keys
-        agree least with their mean (ShadowKV, section 3).
+        agree least with their mean (ShadowKV, section 3). exact: which are held as they came, too.
     query: what chooses: the step's "own" query, or the mean of those since the "run" began.
     heads: how the G query heads of a KV head agree on one choice: "max", "mean" or "sum" of their scores, made
         probabilities over units first if `softmax`; or "each" chooses by itself, and the union is read.
@@ -58,6 +58,7 @@ class Read(Record):
     sink: int = 0
     recent: int = 0
     outliers: int = 0
+    exact: bool = False
     query: Literal["own", "run"] = "own"
     heads: Literal["max", "mean", "sum", "each"] = "max"
     softmax: bool = False

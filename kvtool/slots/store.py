@@ -27,6 +27,7 @@ class Store(Record):
         None: every layer is a span of its own.
     older, held: precision by age: once more than `held` coded entries are there, the oldest block moves on to what
         `older` says, whose own windows mean nothing.
+    once: only the prompt is encoded, by encodings that fit themselves to it; what is decoded later stays raw.
     rest: how entries are held that a selection drops (`Keep.select`), instead of freed; its windows mean nothing.
     """
 
@@ -38,6 +39,7 @@ class Store(Record):
     block: int = 32
     first: torch.Tensor | None = None
     held: int = 0
+    once: bool = False
     older: Store | None = None
     rest: Store | None = None
 
@@ -47,6 +49,8 @@ class Store(Record):
         for encoding in (*self.keys, *self.values):
             if self.block < 1 or self.block % encoding.block:
                 raise InputError("bad block", got=self.block, expected=f"a multiple of {encoding.block} entries")
+        if self.once and not self.fits:
+            raise InputError("a store that encodes the prompt alone has nothing to fit to it", got="once")
         if self.older is not None:
             self._check_older(self.older)
         if self.first is not None:
@@ -134,7 +138,7 @@ class Store(Record):
                 "both plans say how older entries, or dropped ones, are held", remedy="compose only one such plan"
             )
         older = self.older.then(other) if self.older else self.then(other.older) if other.older else None
-        return {"held": max(self.held, other.held), "older": older, "rest": self.rest or other.rest}
+        return {"held": max(self.held, other.held), "once": self.once or other.once, "older": older, "rest": self.rest or other.rest}
 
     def _merged(self, other: Store) -> torch.Tensor | None:
         """`first` with the spans of both."""

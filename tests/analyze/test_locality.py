@@ -60,9 +60,9 @@ def shared() -> Trace:
     """Layer 1 looks at half of what layer 0 does, which holds a quarter of what its own choice would; layer 2 at none
     of it. Queries keep their direction in layer 0 and turn by a right angle in the others."""
     trace = planted()
-    more = blank("overlap", "jumps")
+    more = blank("layer-overlap", "jumps")
     trace.statistics |= more.statistics
-    overlap, jumps = trace["overlap"], trace["jumps"]
+    overlap, jumps = trace["layer-overlap"], trace["jumps"]
     overlap["rows"] += 10
     overlap["overlap"] += 10 * torch.tensor([[1, 0.5, 0], [0, 1, 0], [0, 0, 1]])
     overlap["mass"] += 10 * torch.tensor([[0.8, 0.2, 0], [0, 0.8, 0], [0, 0, 0.4]])

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "estimate": dict(summary="mean", tail="estimate", softmax=True),
     "rest": dict(tail="mean"),
     "outliers": dict(summary="mean", outliers=1, softmax=True),
+    "exact-outliers": dict(summary="mean", outliers=2, exact=True, heads="each"),
     "period": dict(period=3),
     "once": dict(period=0),
     "jumps": dict(period=0, jump=0.3),

@@ -3,8 +3,9 @@
     logits_j = scale · q · rotate(z_j · basis + offset),   block by block;   out, lse = attention of those over v
 
 The product with the basis is nearly all the work, and PyTorch's is as quick as the processor; a group of query heads
-shares it. What is left is attention over known logits, for which the loops of `attend_packed` need no other form: with
-the identity for queries, logits are keys. So values are read as they are written.
+shares it. Pairs of channels turn as complex numbers, in one pass. What is left is attention over known logits, for
+which the loops of `attend_packed` need no other form: with the identity for queries, logits are keys. So values are
+read as they are written.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def attend_latent(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.attend_latent`."""
     given = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in (q, z, v))
-    if given or not q.numel() or not (v.tokens if isinstance(v, Packed) else v.shape[2]):
+    if given or not q.numel() or not _sizes(v)[1]:
         return reference.attend_latent(
             q, z, basis, v, positions, cos, sin,
             scale=scale, offset=offset, interleaved=interleaved, softcap=softcap,
@@ -56,38 +57,39 @@ def _logits(
 ) -> torch.Tensor:
     """fp32 [B,S,H·T], a KV head's rows side by side."""
     batch, heads, tokens, width = q.shape
-    shared = (z.codes if isinstance(z, Packed) else z).shape[1]
-    across = basis.shape[2] if basis is not None else (z.width if isinstance(z, Packed) else z.shape[3])
-    count = across // width
+    shared, entries, held = _sizes(z)
+    count = (held if basis is None else basis.shape[2]) // width
     rows = heads // (shared * count) * tokens
-    entries = z.tokens if isinstance(z, Packed) else z.shape[2]
-    asked = q.reshape(batch, shared, count, rows, width).transpose(-1, -2)
+    turned = 2 * cos.shape[1]
+    asked = q.reshape(batch, shared, count, rows, width)
+    asked, rest = torch.cat(_pairs(asked[..., :turned], interleaved), -1), asked[..., turned:]
+    asked = asked.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # pairs side by side, as complex numbers are
     logits = torch.empty(batch, entries, shared, count, rows)
     basis = None if basis is None else basis.float()
     for low in range(0, entries, BLOCK):
         high = min(low + BLOCK, entries)
         keys = reference.rebuilt(decoded(z, low, high).float(), basis, offset, width)
-        if cos.shape[1]:
-            if basis is None and offset is None and isinstance(z, torch.Tensor):
-                keys = keys.clone()  # they are what is held
+        part = rest @ keys[..., turned:].mT
+        if turned:
             places = positions[..., low:high]
-            each = 1 if places.shape[1] == 1 else count
-            places = places.unflatten(1, (-1, each))
-            _turn(keys, cos[places], sin[places], interleaved)
-        logits[:, low:high] = (keys @ asked).permute(0, 3, 1, 2, 4)
+            places = places.unflatten(1, (-1, 1 if places.shape[1] == 1 else count))
+            angle = torch.complex(*(x.index_select(0, places.flatten()).view(*places.shape, -1) for x in (cos, sin)))
+            numbers = torch.complex(*_pairs(keys[..., :turned], interleaved)).mul_(angle)
+            part += asked @ torch.view_as_real(numbers).flatten(-2).mT
+        logits[:, low:high] = part.permute(0, 4, 1, 2, 3)
     return logits.flatten(2)
 
 
-def _turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> None:
-    """keys [B,K',n,S,D] turned in place; cos and sin [B|1,K'|1,n|1,S,R/2]."""
-    half = cos.shape[-1]
-    if interleaved:
-        a, b = keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]
-    else:
-        a, b = keys[..., :half], keys[..., half : 2 * half]
-    crossed = a * sin
-    a.mul_(cos).addcmul_(b, sin, value=-1)
-    b.mul_(cos).add_(crossed)
+def _pairs(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The channels that turn, first and second of each pair."""
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+
+
+def _sizes(side: Packed | torch.Tensor) -> tuple[int, int, int]:
+    """Heads, entries, width."""
+    if isinstance(side, Packed):
+        return side.codes.shape[1], side.tokens, side.width
+    return side.shape[1], side.shape[2], side.shape[3]
 
 
 def _weighed(
@@ -95,7 +97,7 @@ def _weighed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of logits [B,S,H·T] over v: each row is a query that asks for one channel of a key."""
     batch, heads, tokens, _ = q.shape
-    groups = (v.codes if isinstance(v, Packed) else v).shape[1]
+    groups, _, _ = _sizes(v)
     rows = heads * tokens // groups
     keys = logits.unflatten(2, (groups, rows)).transpose(1, 2)
     outs, levels = [], []

@@ -43,7 +43,8 @@ def attend_latent_kernel(
     q, z, basis, offset, v, positions, cos, sin, out, lse,
     q_b, q_h, q_t, z_b, z_h, z_s, basis_h, basis_r, v_b, v_h, v_s, positions_b, positions_h, positions_s,
     heads, group, share, value_share, tokens, entries, width, rank, half, value_width, chunk, scale, softcap,
-    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, R: tl.constexpr, DV: tl.constexpr,
+    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, R: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // group
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
