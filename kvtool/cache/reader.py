@@ -96,7 +96,7 @@ class Reader:
         """Attend q [B,H,1,D] over the chosen units of the bulk."""
         self.reads += 1
         count, total = self.count(bulk), bulk.length // self.units.grain
-        self.whole = count == total
+        self.whole = count == total and not self.spec.exact  # outliers are read as they came, whatever is read
         if self.whole and not self.leads and not self.follows:
             self.choice, self.fetched = None, ()
             return bulk.attend(q, step)

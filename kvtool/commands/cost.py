@@ -15,7 +15,7 @@ from kvtool.commands._shelf import find
 from kvtool.cost import figure as drawing
 from kvtool.cost import hardware
 from kvtool.cost.formulas import Cost, Network, Service
-from kvtool.cost.ledger import Measured, depends, measure
+from kvtool.cost.ledger import Measured, depends, measure, whole
 from kvtool.errors import InputError
 from kvtool.model import Model, load
 from kvtool.plan import Plan
@@ -134,6 +134,7 @@ def _record(
         "ledger": {
             name: {
                 "measured": sorted(seen.at), "anchors": list(seen.anchors), "deviation": seen.deviation,
+                "exact": seen.deviation == 0 and whole(caches[name]),
                 "depends": depends(caches[name]),
             }
             for name, seen in measured.items()
@@ -180,7 +181,7 @@ def _show(record: dict[str, Any], service: Service) -> None:
     for name, ledger in record["ledger"].items():
         low, _, high = ledger["anchors"]
         off = ledger["deviation"]
-        close = "exact there" if not off else f"within {off:.1e} there"
+        close = "exact there" if ledger["exact"] else f"within {off:.1e}" if off else "exact but for rounded shares"
         note(f"{name}: bytes of a cache of random entries; beyond {low} tokens a line to {high}, {close}")
         if ledger["depends"]:
             note(f"note: {', '.join(ledger['depends'])} of {name} look at the text; these are the bytes of noise")

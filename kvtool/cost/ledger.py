@@ -6,8 +6,9 @@ counts they are affine in N, which three lengths measure and check:
 
     x(N) = x(a) + (N − a) · (x(c) − x(a)) / (c − a)        a < b < c;  deviation = |x(b) measured / x(b) by this − 1|
 
-A deviation of 0 means that longer contexts are exact; else they are that close. Counts that depend on what is in a text
-are those of noise (see `depends`): neighbouring queries are unlike, and attention is flat.
+A deviation of 0 means that longer contexts are exact, unless a plan's shares are no whole pages or entries of the
+distance between two anchors, and are rounded (`whole`); else they are that close. Counts that depend on what is in a
+text are those of noise (see `depends`): neighbouring queries are unlike, and attention is flat.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import EVERYTHING, Store
 
-GRID = 1024  # anchors are multiples: whole blocks, pages and shares
+ROUNDING = 1e-6  # of a share in fp32
+GRID = 1280  # anchors are multiples, 5 · 256: whole blocks and pages, and whole pages of shares like 0.1 or 0.25
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,17 @@ def largest(model: Model, plan: Plan | None) -> int:
 def _stored(store: Store) -> int:
     older = 0 if store.older is None else _stored(store.older)
     return store.sink + store.recent + store.block + store.held + older
+
+
+def whole(plan: Plan | None) -> bool:
+    """Are all shares of the plan whole pages or entries at every multiple of the grid, so that nothing is rounded?"""
+    shares: list[torch.Tensor] = []
+    if plan is not None and plan.keep is not None and plan.keep.select is not None:
+        shares.append(plan.keep.select.budget.double() * GRID)
+    if plan is not None and plan.read is not None:
+        grain = plan.read.unit if plan.read.form == "page" else 1
+        shares.append(plan.read.budget.double() * GRID / grain)
+    return all(bool(((x - x.round()).abs() < ROUNDING * GRID).all()) for x in shares)
 
 
 def depends(plan: Plan | None) -> list[str]:

@@ -64,9 +64,9 @@ def at(budget: float) -> dict[str, Any]:
 def calibrate(context: Context, options: Options) -> Decision:
     budget = torch.full((context.geometry.layers,), options.budget)
     budget[: options.dense] = 1.0
-    tail = {"tail": "estimate", "estimated": options.estimated} if options.estimated else {}
     read = Read(
         budget, unit=options.unit, form="cluster", summary="mean", heads="sum", softmax=True, sink=options.sink,
-        recent=options.recent, slow=options.slow, **tail,
+        recent=options.recent, slow=options.slow, estimated=options.estimated,
+        tail="estimate" if options.estimated else "drop",
     )  # fmt: skip
     return Decision(read=read)

@@ -138,7 +138,10 @@ class Store(Record):
                 "both plans say how older entries, or dropped ones, are held", remedy="compose only one such plan"
             )
         older = self.older.then(other) if self.older else self.then(other.older) if other.older else None
-        return {"held": max(self.held, other.held), "once": self.once or other.once, "older": older, "rest": self.rest or other.rest}
+        return {
+            "held": max(self.held, other.held), "once": self.once or other.once, "older": older,
+            "rest": self.rest or other.rest,
+        }  # fmt: skip
 
     def _merged(self, other: Store) -> torch.Tensor | None:
         """`first` with the spans of both."""

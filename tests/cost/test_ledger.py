@@ -11,7 +11,7 @@ import torch
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.segments import GROWTH
 from kvtool.cost.formulas import Ledger
-from kvtool.cost.ledger import GRID, Measured, depends, largest, ledger, measure
+from kvtool.cost.ledger import GRID, Measured, depends, largest, ledger, measure, whole
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import Keep, Read, Select
@@ -50,14 +50,15 @@ def test_longer_contexts_lie_on_the_line(case: str | None) -> None:
     assert seen(5 * GRID) == ledger(model, plan, 5 * GRID)
 
 
-def test_shares_of_pages_are_rounded(llama: Model) -> None:
-    """Off the line by pages, not by a share of what is read."""
-    read = Read(torch.full((llama.geometry.layers,), 0.3), unit=4)
-    plan = Plan("pages", llama.fingerprint, read=read)
+@pytest.mark.parametrize(("share", "pages"), [(0.1, 0), (0.25, 0), (1 / 3, 3)])
+def test_shares_of_pages_are_rounded(llama: Model, share: float, pages: int) -> None:
+    """Off the line by pages, not by a share of what is read; and not at all where shares are whole pages."""
+    plan = Plan("pages", llama.fingerprint, read=Read(torch.full((llama.geometry.layers,), share), unit=4))
     seen, far = measure(llama, plan, []), 5 * GRID
     page = llama.geometry.layers * llama.geometry.kv_heads * 4 * 2 * llama.geometry.head_dim * 4
-    assert 0 < seen.deviation < page / seen(2 * GRID).read
-    assert 0 < abs(seen(far).read - ledger(llama, plan, far).read) <= 3 * page  # half a page at each end, over twice
+    assert whole(plan) == (pages == 0)
+    assert seen.deviation < page / seen(2 * GRID).read
+    assert abs(seen(far).read - ledger(llama, plan, far).read) <= pages * page  # half a page at each end, over twice
 
 
 def test_a_bulk_in_host_memory(llama: Model) -> None:
@@ -76,7 +77,7 @@ def test_lines_begin_beyond_every_window(llama: Model) -> None:
     nothing = torch.zeros(shape, dtype=torch.bool)
     window = Plan("window", llama.fingerprint, keep=Keep.heads(nothing, sink=100, recent=2000))
     assert largest(llama, window) == 2100
-    assert measure(llama, window, []).anchors[0] == 3 * GRID
+    assert measure(llama, window, []).anchors[0] == 2 * GRID
     share = Plan("share", llama.fingerprint, keep=Keep.heads(~nothing, sink=0, recent=1,
                  select=Select(torch.full(shape, 0.1), sink=4, recent=60)))  # fmt: skip
     assert largest(llama, share) == 640  # from here on a tenth is more than the 64 that always stay

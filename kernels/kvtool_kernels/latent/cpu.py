@@ -82,7 +82,8 @@ def _logits(
 
 def _pairs(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The channels that turn, first and second of each pair."""
-    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    half = x.shape[-1] // 2
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
 
 
 def _sizes(side: Packed | torch.Tensor) -> tuple[int, int, int]:

@@ -76,12 +76,12 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
     offset = torch.randn(kept, across, generator=draw)
     positions = torch.randint(reach, (case.batch, case.kv_heads, case.entries), generator=draw, dtype=torch.int32)
     sides = ((z, case.keys), (v, case.values))
-    z, v = (x.to(device, dtype) if side is None else coded(x.to(device), side) for x, side in sides)
+    latents, values = (x.to(device, dtype) if side is None else coded(x.to(device), side) for x, side in sides)
     return {
         "q": q.to(device, dtype),
-        "z": z,
+        "z": latents,
         "basis": None if case.rank is None else basis.to(device, dtype),
-        "v": v,
+        "v": values,
         "positions": positions.to(device),
         "cos": angle.cos().to(device),
         "sin": angle.sin().to(device),

@@ -48,6 +48,18 @@ ROWS = {
         lossless=(dict(budget=1.0, unit=4), dict(recent=900)),
         ladder=tuple(dict(budget=share, estimated=0, unit=4, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
     ),
+    "shadowkv": Row(
+        tiny=(
+            dict(budget=0.3, rank=0.5, chunk=4, outliers=1, local=1),
+            dict(budget=8, rank=6, chunk=2, outliers=0, local=1, mode="calibrated", slow=False),
+        ),
+        lossless=(dict(budget=1.0, rank=1.0, chunk=4, local=1), dict(local=300, mode="calibrated")),
+        ladder=tuple(
+            dict(budget=share, rank=1.0, mode="calibrated", chunk=4, outliers=0, local=0)
+            for share in (0.05, 0.2, 0.5, 1.0)
+        ),
+        loss=0.5,
+    ),
     "sparf": Row(
         tiny=(
             dict(budget=0.3, channels=0.5, page=4, recent=3),
