@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvtool import __version__, conflicts, files, options, registry
+from kvtool import __version__, conflicts, files, options, records, registry
 from kvtool.errors import InputError
 from kvtool.methods._base import Context
 from kvtool.model import Model
@@ -79,7 +79,7 @@ def calibrate(
         "corpora": trace.corpora if trace is not None else {},
         "facts": decision.facts,
     }
-    slots = {slot: getattr(decision, slot) for slot in SLOTS}
+    slots = {slot: records.settled(getattr(decision, slot)) for slot in SLOTS}
     made = Plan(name, fingerprint, options.record(chosen), provenance, evidence=decision.evidence, **slots)
     conflicts.check(made)
     return made

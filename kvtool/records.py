@@ -70,3 +70,10 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     found: Tensors = {}
     dump(value, "value", found)
     return list(found.values())
+
+
+def settled(value: Any) -> Any:
+    """`value` as a file would give it back: with tensors of its own, laid out in order."""
+    found: Tensors = {}
+    document = dump(value, "value", found)
+    return load(document, {name: tensor.contiguous() for name, tensor in found.items()})

@@ -25,7 +25,7 @@ from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
 
-GOLDEN = "baceb61842c8215c5306932405c6e22bdbdd1c6d997ee261ad144f5146fded70"
+GOLDEN = "3d058820d29d2384b2ca586665493a56acf6fdd13252d7fc357bed00ce6249d7"
 
 
 def small() -> Plan:
