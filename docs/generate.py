@@ -39,8 +39,8 @@ Written by `python docs/generate.py`; a test compares.
 **Output.** Stdout carries data only: the path of what was written, or one JSON record with `--json`. Tables, progress
 and warnings go to stderr. `-` as a file is stdin or stdout; when the file itself goes to stdout, no path is printed,
 and `--json` is refused. `profile` without `-o` writes `<model>.trace.safetensors` into the current folder, `calibrate`
-writes `<model>.<method>.plan.safetensors`, `save` `<document>.kv.safetensors`. An existing file is never overwritten without `--force`. A file appears
-under its name only when it is whole.
+writes `<model>.<method>.plan.safetensors`, `save` `<document>.kv.safetensors`. An existing file is never overwritten
+without `--force`. A file appears under its name only when it is whole.
 
 **Exit codes.** 0: done. 1: the run failed, or a `--fail-if` bound is broken. 2: bad usage or bad input. 130:
 interrupted. A failure is one line on stderr; `--debug` shows the traceback.

@@ -36,7 +36,6 @@ class Coded(Segment):
         self.key, self.value, self.rotary, self.slow = key, value, rotary, slow
         self.parts: dict[str, Parts] = {}
         self.own: list[torch.Tensor] = []  # what was fitted
-        self.back: tuple[latents.Map, latents.Map] | None = None  # from what is written to entries
         self.width = (0, 0)
         self.positions: Callable[[int, int], torch.Tensor] = lambda low, high: torch.arange(low, high)
         self.queries: Callable[[], torch.Tensor | None] = lambda: None
@@ -67,7 +66,6 @@ class Coded(Segment):
             self.own += [tensor for tensor in tensors_of(made) if id(tensor) not in planned]
             sides.append(made)
         self.key, self.value = sides
-        self.back = None
 
     def state(self) -> dict[str, Any]:
         """What a file holds: the parts, codes entropy-coded, and encodings that fitted themselves."""
@@ -90,7 +88,7 @@ class Coded(Segment):
         self.parts = {side: {n: self._put(x) for n, x in parts.items()} for side, parts in state["parts"].items()}
         if state["fitted"] is not None:
             self.key, self.value = state["fitted"]
-            self.own, self.back = [tensors_of(state["fitted"])[at] for at in state["own"]], None
+            self.own = [tensors_of(state["fitted"])[at] for at in state["own"]]
 
     def hand_on(self, count: int, to: Coded) -> None:
         """Move the first `count` entries, whole blocks, on to `to`, which stores keys on the same side of RoPE."""

@@ -62,12 +62,10 @@ def attend(coded: Coded, q: torch.Tensor, step: Step, own: slice | None = None) 
 
 
 def maps(coded: Coded) -> tuple[Map, Map]:
-    """M and c of keys and of values, found once for each pair of encodings."""
-    if coded.back is None:
-        sides = zip((coded.key, coded.value), coded.width, strict=True)
-        key, value = (_map(encoding, _heads(coded), width, coded.device) for encoding, width in sides)
-        coded.back = key, value
-    return coded.back
+    """M and c of keys and of values. They are the plan's own, or soon made anew: nothing but entries is held."""
+    sides = zip((coded.key, coded.value), coded.width, strict=True)
+    key, value = (_map(encoding, _heads(coded), width, coded.device) for encoding, width in sides)
+    return key, value
 
 
 def _heads(coded: Coded) -> int:
