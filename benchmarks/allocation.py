@@ -22,7 +22,7 @@ from _harness import table
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.base import Sample
 from kvtool.corpus.text import text
-from kvtool.divergence import Judge
+from kvtool.measuring.divergence import Judge
 from kvtool.methods import _weighing as weigh
 from kvtool.methods import allocate
 from kvtool.methods._base import Context

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvtool import gates
+from kvtool.measuring import gates
 from kvtool.methods._base import Context, Decision, best, full_attention, share
 from kvtool.slots import Keep
 

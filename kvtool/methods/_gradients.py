@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kvtool.corpus.base import Sample
-from kvtool.fisher import felt
+from kvtool.measuring.fisher import felt
 from kvtool.model import Model
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtool import sensitivity
+from kvtool.measuring import sensitivity
 from kvtool.methods._base import Context
 from kvtool.methods._prompts import prompts
 from kvtool.plan import Plan

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvtool.allocation import Allocation, allocate, hull
 from kvtool.corpus.base import Sample
 from kvtool.corpus.text import text
-from kvtool.divergence import Judge
-from kvtool.effects import Side, View, views
 from kvtool.errors import InputError
+from kvtool.measuring.allocation import Allocation, allocate, hull
+from kvtool.measuring.divergence import Judge
+from kvtool.measuring.effects import Side, View, views
 from kvtool.methods._base import Context, full_attention
 from kvtool.methods._candidates import Candidate, sixteen
 from kvtool.plan import Plan

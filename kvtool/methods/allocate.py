@@ -8,14 +8,14 @@ Our own; arXiv papers that vary bits or ranks by layer weigh one axis at a time.
     latent    rank, then codes                                                                ((b + 32/group)·r/D)
 
 Error of a candidate: the KL divergence that it causes if this head alone holds this side so, in nats a token, by the
-second order of the network after its attention output (`kvtool/effects.py`), times a factor for each candidate that
-makes the sum over heads what is measured when all of them hold it (`kvtool/divergence.py`): errors of quantisation add
-up over heads, those of low ranks repeat from token to token, and the factor accounts for that. Bytes: of what a
-candidate writes, scales included, counted against 16-bit numbers; sinks and recent entries, which stay raw, are taken
-off the budget first, at `length` tokens.
+second order of the network after its attention output (`kvtool/measuring/effects.py`), times a factor for each
+candidate that makes the sum over heads what is measured when all of them hold it (`kvtool/measuring/divergence.py`):
+errors of quantisation add up over heads, those of low ranks repeat from token to token, and the factor accounts for
+that. Bytes: of what a candidate writes, scales included, counted against 16-bit numbers; sinks and recent entries,
+which stay raw, are taken off the budget first, at `length` tokens.
 
     minimise Σ error   such that   Σ bytes ≤ budget:   convex hull of every unit, then greedily by slope
-    (`kvtool/allocation.py`)
+    (`kvtool/measuring/allocation.py`)
 
 The plan is then compared, on texts that nothing was measured on, with the best uniform pairs that take no more bytes;
 the outcome is among the facts, whoever wins. Gram matrices are of the statistic `gram`. Its `reservoir` is not used:
@@ -33,8 +33,8 @@ import torch
 
 from kvtool import plan as plans
 from kvtool.corpus.base import Sample
-from kvtool.divergence import Judge
 from kvtool.errors import InputError, unknown
+from kvtool.measuring.divergence import Judge
 from kvtool.methods import _candidates as ways
 from kvtool.methods import _weighing as weigh
 from kvtool.methods._base import Context, Decision, full_attention

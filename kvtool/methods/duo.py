@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtool import gates
 from kvtool.corpus.haystack import Haystack
 from kvtool.corpus.passkey import multi_passkey
+from kvtool.measuring import gates
 from kvtool.methods._base import Context, Decision
 from kvtool.methods._gates import Training, given, split
 from kvtool.methods._gates import at as at

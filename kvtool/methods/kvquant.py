@@ -35,11 +35,11 @@ from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.residuals import Outliers
 from kvtool.encoding.transforms import Join, Transform
 from kvtool.errors import InputError
-from kvtool.fisher import felt
+from kvtool.measuring.fisher import felt
+from kvtool.measuring.quantiles import Tails
 from kvtool.methods import _training
 from kvtool.methods._base import Context, Decision, share
 from kvtool.options import at_least
-from kvtool.quantiles import Tails
 from kvtool.slots import Store
 
 STATISTICS = ()

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.allocation import allocate
+from kvtool.measuring.allocation import allocate
 from kvtool.methods._base import Context, Decision, odd, thinned
 from kvtool.methods._layers import errors, evened, spread, whole
 from kvtool.options import at_least

@@ -15,11 +15,11 @@ keeps everything, the others `sink` first and `recent` last entries at their ori
 
 Published: mathematics problems of DeepScaleR with answers up to 7,168 tokens, 32 prompts a step with 4 samples each,
 185 steps, lr 0.01, β 0.001 (0.0025 for Qwen3), τ 0.5, clip 0.4, window 128 + 256 in training and 16 + 64 when
-deployed. The demo model solves no mathematics: ours are passkeys and needles (`kvtool/problems.py`) of a few hundred
-tokens with answers of about 6 to 12. A prompt's samples share its prefill, so 16 of them cost little more than 4. Few
-steps need the larger lr, and the larger β. Longer training takes every gate that no answer needs to 0, where
-nothing ranks them. The window is trained at the size it is deployed at. `updates` above 1 reuse the samples; only
-then can `clip` bite. Card A5 is what this was written from; the paper's text and code were not read again.
+deployed. The demo model solves no mathematics: ours are passkeys and needles (`kvtool/measuring/problems.py`) of a few
+hundred tokens with answers of about 6 to 12. A prompt's samples share its prefill, so 16 of them cost little more than
+4. Few steps need the larger lr, and the larger β. Longer training takes every gate that no answer needs to 0, where
+nothing ranks them. The window is trained at the size it is deployed at. `updates` above 1 reuse the samples; only then
+can `clip` bite. Card A5 is what this was written from; the paper's text and code were not read again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtool import rollouts
 from kvtool.corpus.base import Sample
+from kvtool.measuring import rollouts
+from kvtool.measuring.problems import problems
 from kvtool.methods._base import Context, Decision
 from kvtool.methods._gates import Training, given, split
 from kvtool.methods._gates import at as at
 from kvtool.model import Model
 from kvtool.options import at_least
-from kvtool.problems import problems
 
 STATISTICS = ()
 MODEL = True

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from kvtool import gates, registry
+from kvtool import registry
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.errors import InputError
+from kvtool.measuring import gates
 from tests import models
 from tests.laws.methods import ROWS, plan, ragged, trace
 from tests.models import random_ids

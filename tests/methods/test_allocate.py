@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.divergence import Judge
 from kvtool.errors import InputError
+from kvtool.measuring.divergence import Judge
 from kvtool.methods import _candidates as ways
 from kvtool.methods import _weighing as weigh
 from kvtool.methods import allocate

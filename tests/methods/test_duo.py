@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvtool import gates
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError
+from kvtool.measuring import gates
 from kvtool.methods.duo import trapezoid
 from kvtool.model import Model
 from kvtool.plan import Plan

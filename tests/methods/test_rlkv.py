@@ -1,4 +1,4 @@
-"""Known answers of RLKV, card A5; rollouts and the GRPO terms are in tests/test_rollouts.py."""
+"""Known answers of RLKV, card A5; rollouts and the GRPO terms are in tests/measuring/test_rollouts.py."""
 
 from __future__ import annotations
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool import effects
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.base import Sample
-from kvtool.divergence import Judge
 from kvtool.encoding.codecs import Affine, Raw
 from kvtool.encoding.encoding import Encoding
+from kvtool.measuring import effects
+from kvtool.measuring.divergence import Judge
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.replay.forced import forced

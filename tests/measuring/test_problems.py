@@ -7,8 +7,8 @@ import torch
 
 from kvtool.corpus.base import Sample
 from kvtool.errors import InputError
+from kvtool.measuring.problems import TASKS, problems, solves
 from kvtool.model import Model
-from kvtool.problems import TASKS, problems, solves
 from tests.models import repeated, with_tokenizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.quantiles import Tails
+from kvtool.measuring.quantiles import Tails
 from tests.tolerance import same
 
 X = torch.randn(2, 200, 5, generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 
-from kvtool import gates, rollouts
 from kvtool.errors import InputError
+from kvtool.measuring import gates, rollouts
 from kvtool.model import Model
 from tests import models
 from tests.models import random_ids

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool import sensitivity
 from kvtool.corpus.base import Sample
+from kvtool.measuring import sensitivity
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import Keep

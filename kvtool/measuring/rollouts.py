@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from kvtool import gates
+from kvtool.measuring import gates
 from kvtool.model import Model
 from kvtool.serving import Attention, Layer
 

@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from kvtool.allocation import allocate, hull
 from kvtool.errors import InputError
+from kvtool.measuring.allocation import allocate, hull
 from tests.tolerance import close
 
 SIZE = torch.tensor([4.0, 1.0, 2.0, 3.0, 3.0, 8.0]).double()

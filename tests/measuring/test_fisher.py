@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from kvtool.corpus.base import Sample
-from kvtool.fisher import felt
+from kvtool.measuring.fisher import felt
 from kvtool.model import Model
 from tests import models
 from tests.models import random_ids
