@@ -113,7 +113,7 @@ class Principal(Fitted):
     """The `rank` leading right singular vectors of the entries of each head, or of heads that were joined before.
 
     `normalise` so many equal slices of the channels by their own root mean square first, and undo it after, so that
-    no loud layer or head takes the whole rank.
+    no loud layer or head takes the whole rank. Fewer, where the entries span fewer directions.
     """
 
     rank: int
@@ -128,7 +128,12 @@ class Principal(Fitted):
         size = slices.square().mean((1, 3), keepdim=True).sqrt()
         size = torch.where(size == 0, torch.ones_like(size), size).expand_as(slices[:, :1]).flatten(2)  # [K,1,D]
         unit = rows / size
-        vectors = torch.linalg.eigh(unit.transpose(1, 2) @ unit).eigenvectors.flip(-1)[..., : self.rank]
+        energies, vectors = (x.flip(-1) for x in torch.linalg.eigh(unit.transpose(1, 2) @ unit))
+        told = (
+            energies > 1e-9 * energies[:, :1]
+        )  # directions that the entries say nothing of would be drawn by rounding
+        count = max(1, min(self.rank, int(told.sum(-1).max())))
+        vectors = (vectors * told[:, None])[..., :count]
         return Linear((vectors / size.transpose(1, 2)).float(), (vectors.transpose(1, 2) * size).float())
 
 

@@ -69,6 +69,17 @@ def test_principal_directions_lose_the_dropped_energy(slices: int) -> None:
     close(Principal(8, slices).fit(x, None).inverse(Principal(8, slices).fit(x, None).forward(x)), x)
 
 
+def test_few_entries_make_a_small_basis() -> None:
+    """Directions that no entry has are left out: they would be drawn by rounding."""
+    x = random(1, 2, 3, 8)
+    x[:, 1, 2] = x[:, 1, 1]
+    step = Principal(6).fit(x, None)
+    assert isinstance(step, Linear)
+    assert step.down.shape == (2, 8, 3)
+    close(step.inverse(step.forward(x)), x)
+    same(step.down[1, :, 2], torch.zeros(8))
+
+
 def test_ranges_are_those_of_the_prompt() -> None:
     x = random(1, 2, 30, 8)
     codec = Ranges(3).fit(x)
