@@ -84,6 +84,8 @@ case(
     ("palu", {"budget": 0.1875, "bits": 4, **WINDOW}),
     *(("eigen", {"budget": budget, **WINDOW}) for budget in (0.75, 0.5)),
     ("kv-heads", {"heads": 3, **WINDOW}),
+    ("eigen", {"budget": 0.5, "sink": 4, **WINDOW}),
+    ("kv-heads", {"heads": 3, "sink": 4, **WINDOW}),
     ("cskv", {"budget": 0.5, **WINDOW}),
     ("cskv", {"budget": 0.5, "start": "pca", **WINDOW}),
 )
