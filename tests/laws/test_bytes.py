@@ -25,7 +25,8 @@ CHUNKS = [116, *[1] * 4]
 
 def grown(model: Model, cache: SegmentCache) -> int:
     """Bytes by which the CPU allocator's balance grows while `cache` is filled and everything else is dropped."""
-    feed(model, SegmentCache(model, cache.plan), IDS, CHUNKS)  # tables that the model and the kernels make once
+    before = SegmentCache(model, cache.plan, prompt_length=cache.prompt_length)
+    feed(model, before, IDS, CHUNKS)  # for tables that the model and the kernels make once
     gc.disable()  # what only the cycle collector would free counts as held
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:

@@ -43,5 +43,7 @@ def test_layers_that_are_written_as_one_go_token_by_token() -> None:
     key, value = _pairs(2 * g.kv_heads)["four-bits"]
     index = torch.zeros(g.layers, g.kv_heads, dtype=torch.int32)
     index[g.layers // 2 * 2 :] = RAW
-    plan = Plan("by hand", model.fingerprint, store=Store((key,), (value,), index, recent=2, block=8, span=2))
+    first = torch.arange(g.layers, dtype=torch.int32) // 2 * 2
+    first[g.layers // 2 * 2 :] = torch.arange(g.layers // 2 * 2, g.layers)
+    plan = Plan("by hand", model.fingerprint, store=Store((key,), (value,), index, recent=2, block=8, first=first))
     close(at_once(model, plan), stepped(model, plan).float(), torch.float32)
