@@ -38,6 +38,20 @@ class Context:
     resume: dict[str, torch.Tensor] = field(default_factory=dict)
     checkpoint: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None
 
+    @property
+    def running(self) -> Model:
+        """The model; raises InputError where there is none."""
+        if self.model is None:
+            raise InputError("this calibration runs the model", remedy="pass the model, or a trace that names it")
+        return self.model
+
+    @property
+    def seen(self) -> Trace:
+        """The trace; raises InputError where there is none."""
+        if self.trace is None:
+            raise InputError("this calibration reads a trace", remedy="make one with kvtool profile --for METHOD")
+        return self.trace
+
 
 @dataclass(frozen=True)
 class Decision:

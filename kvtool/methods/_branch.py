@@ -37,8 +37,7 @@ class Seen:
 
 def observed(context: Context, samples: Sequence[Sample], layers: list[int]) -> Seen:
     """One pass over each text; of the layers' inputs only sums are kept."""
-    model = context.model
-    assert model is not None
+    model = context.running
     keys: list[list[torch.Tensor]] = [[] for _ in layers]
     values: list[list[torch.Tensor]] = [[] for _ in layers]
     gram, size, cross = (torch.zeros(0),) * 3

@@ -22,9 +22,8 @@ from kvtool.slots import Keep
 
 def filled(context: Context, keep: Keep, samples: Sequence[Sample], what: str) -> Iterator[SegmentCache]:
     """One cache after another, each holding all of one prompt. what: is measured, as progress calls it."""
-    assert context.model is not None
     for number, sample in enumerate(samples):
-        yield fed(context.model, keep, sample.tokens)
+        yield fed(context.running, keep, sample.tokens)
         context.progress(number + 1, len(samples), what)
 
 

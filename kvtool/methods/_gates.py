@@ -59,9 +59,8 @@ class Training:
     which the optimiser takes `updates` steps of its own."""
 
     def __init__(self, context: Context, options: Options, name: str, updates: int = 1):
-        assert context.model is not None
         self.context, self.options, self.name, resume = context, options, name, context.resume
-        self.eligible, device = full_attention(context.geometry), context.model.device
+        self.eligible, device = full_attention(context.geometry), context.running.device
         start = resume.get("alpha", torch.ones(self.eligible.shape))
         self.alpha = start.to(device, copy=True).requires_grad_(True)
         self.optimiser = torch.optim.AdamW([self.alpha], lr=options.lr, weight_decay=0.0)

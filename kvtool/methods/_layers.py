@@ -21,9 +21,8 @@ def errors(context: Context, keeps: Sequence[Keep], *, samples: int, tokens: int
     """fp64 [N,P,L]: how much each layer's output changes under each selection (`sensitivity.py`), on `samples` prompts,
     text and passkeys, of `tokens` tokens, over `steps` that are decoded after them."""
     read = prompts(context, samples=samples, tokens=tokens, steps=steps)
-    assert context.model is not None
-    plans = [Plan("probe", context.model.fingerprint, keep=keep) for keep in keeps]
-    return sensitivity.errors(context.model, plans, read, context.progress)
+    plans = [Plan("probe", context.running.fingerprint, keep=keep) for keep in keeps]
+    return sensitivity.errors(context.running, plans, read, context.progress)
 
 
 def whole(context: Context) -> list[int]:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from kvtool.corpus.base import Sample
 from kvtool.corpus.passkey import passkey
 from kvtool.corpus.text import text
-from kvtool.errors import InputError
 from kvtool.methods._base import Context
 from kvtool.model import Model
 
@@ -23,15 +22,12 @@ def prompts(context: Context, *, samples: int, tokens: int, steps: int = 1) -> l
     the passkey; one text more where they are odd. Raises InputError without a model."""
     read = texts(context, samples=samples - samples // 2, tokens=tokens + steps)
     made = [replace(s, tokens=s.tokens[:tokens], answer=s.tokens[tokens:]) for s in read]
-    assert context.model is not None
-    return made + [_key(context.model, tokens, at, context.seed + at) for at in range(samples // 2)]
+    return made + [_key(context.running, tokens, at, context.seed + at) for at in range(samples // 2)]
 
 
 def texts(context: Context, *, samples: int, tokens: int) -> Sequence[Sample]:
     """`samples` texts of `tokens` tokens. Raises InputError without a model."""
-    if context.model is None:
-        raise InputError("this calibration runs the model", remedy="pass the model instead of a trace")
-    return text(context.model, tokens=tokens, samples=samples, seed=context.seed, half="calibration").samples
+    return text(context.running, tokens=tokens, samples=samples, seed=context.seed, half="calibration").samples
 
 
 def _key(model: Model, tokens: int, at: int, seed: int) -> Sample:

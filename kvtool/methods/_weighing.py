@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvtool.corpus.base import Sample
-from kvtool.corpus.text import text
 from kvtool.errors import InputError
 from kvtool.measuring.allocation import Allocation, allocate, hull
 from kvtool.measuring.divergence import Judge
 from kvtool.measuring.effects import Side, View, views
 from kvtool.methods._base import Context, full_attention
 from kvtool.methods._candidates import Candidate, sixteen
+from kvtool.methods._prompts import texts
 from kvtool.plan import Plan
 from kvtool.slots import RAW, Store
 
@@ -69,10 +69,8 @@ class Windows:
 
 def samples(context: Context, *, count: int, tokens: int, steps: int) -> list[Sample]:
     """`count` texts of `tokens` tokens, each with the `steps` that follow, from the half that calibration may see."""
-    if context.model is None:
-        raise InputError("this calibration runs the model", remedy="pass the model, or a trace that names it")
-    corpus = text(context.model, tokens=tokens + steps, samples=count, seed=context.seed, half="calibration")
-    return [replace(s, tokens=s.tokens[:tokens], answer=s.tokens[tokens:]) for s in corpus.samples]
+    read = texts(context, samples=count, tokens=tokens + steps)
+    return [replace(s, tokens=s.tokens[:tokens], answer=s.tokens[tokens:]) for s in read]
 
 
 def met(context: Context, seen: Sequence[dict[int, View]]) -> torch.Tensor:
@@ -95,7 +93,6 @@ def effects(
 ) -> tuple[Candidates, Errors, Errors]:
     """`candidates` of what errors of values meet, and each one's (effect, size), fp64 [C,L,K] by side, means over the
     texts; see `View`."""
-    assert context.model is not None
     kept = context.resume
     if "met" in kept:
         made = candidates(kept["met"])
@@ -105,7 +102,7 @@ def effects(
         return made, effect, size
     seen: list[dict[int, View]] = []
     for number, sample in enumerate(texts):
-        seen.append(views(context.model, sample, draws=draws, seed=context.seed + number))
+        seen.append(views(context.running, sample, draws=draws, seed=context.seed + number))
         context.progress(number + 1, len(texts), "gradients")
     asked = met(context, seen)
     made, g = candidates(asked), context.geometry
@@ -134,11 +131,10 @@ def anchored(
     context: Context, effect: Errors, candidates: Candidates, texts: Sequence[Sample], windows: Windows
 ) -> Errors:
     """ρ fp64 [C] of each side; 0 for candidates that no head could want, which are not measured."""
-    assert context.model is not None
     ratio = {side: context.resume.get(f"ratio.{side}", torch.zeros(len(candidates[side]))).double() for side in SIDES}
     queue = [(side, way) for side in SIDES for way in wanted(context, effect[side], candidates[side])]
     queue = [(side, way) for side, way in queue if not float(ratio[side][way])]
-    judge = Judge(context.model, texts)
+    judge = Judge(context.running, texts)
     for done, (side, way) in enumerate(queue, 1):
         total = float(effect[side][way].sum())
         ratio[side][way] = 1.0
@@ -198,8 +194,7 @@ def uniform(context: Context, key: Candidate, value: Candidate, windows: Windows
     g = context.geometry
     choice = torch.zeros(2, g.layers, g.kv_heads, dtype=torch.long)
     store = stored(context, {"keys": [key], "values": [value]}, choice, windows)
-    assert context.model is not None
-    return Plan("uniform", context.model.fingerprint, store=store)
+    return Plan("uniform", context.running.fingerprint, store=store)
 
 
 def stored(context: Context, candidates: Candidates, choice: torch.Tensor, windows: Windows) -> Store:

@@ -140,24 +140,21 @@ def given(context: Context, path: str) -> dict[str, torch.Tensor]:
     found = plans.read(path)
     if "met" not in found.evidence:
         raise InputError("the plan measured no errors of encodings", got=path, expected="one by this method")
-    assert context.model is not None
-    found.check(context.model.fingerprint)
+    found.check(context.running.fingerprint)
     return {name: found.evidence[name] for name in found.evidence if name.split(".")[0] in MEASURED}
 
 
 def weighed(context: Context, options: Options, met: torch.Tensor) -> Candidates:
     """All that `axes` allow, the cheapest tables first; 16 bits are always among them."""
-    assert context.trace is not None
-    assert context.model is not None
-    g, gram = context.geometry, context.trace["gram"]
+    g, gram = context.geometry, context.seen["gram"]
     ranks = ways.widths(options.ranks, g.head_dim)
-    rotaries = [context.model.rotary(layer) for layer in range(g.layers)]
+    rotaries = [context.running.rotary(layer) for layer in range(g.layers)]
     key, value = gram["k"], ways.blocks(gram["v"], g.kv_heads)
     found: Candidates = {"keys": [ways.sixteen()], "values": [ways.sixteen()]}
     found["keys"] += _kinds(options, "keys", key, gram["q"], ranks)
     found["values"] += _kinds(options, "values", value, met, ranks)
     if options.rope == "both":
-        turned = ways.unturned(gram["q"], rotaries, options.tokens, context.model.device)
+        turned = ways.unturned(gram["q"], rotaries, options.tokens, context.running.device)
         bare = ways.blocks(gram["k_pre"], g.kv_heads)
         found["keys"] += [way.before() for way in _kinds(options, "keys", bare, turned, ranks)]
     return found
@@ -202,9 +199,8 @@ def _compared(
     context: Context, candidates: Candidates, store: Store, pairs: list[Pair], texts: list[Sample], windows: Windows
 ) -> dict[str, Any]:
     """KL on these texts of the plan and of uniform pairs; best: is the plan's the smallest?"""
-    assert context.model is not None
-    judge = Judge(context.model, texts)
-    own = float(judge.divergences(Plan("allocate", context.model.fingerprint, store=store)).mean())
+    judge = Judge(context.running, texts)
+    own = float(judge.divergences(Plan("allocate", context.running.fingerprint, store=store)).mean())
     rows: list[dict[str, Any]] = []
     for number, pair in enumerate(pairs, 1):
         key, value = candidates["keys"][pair.key], candidates["values"][pair.value]

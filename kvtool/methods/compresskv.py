@@ -66,8 +66,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
-    seen = context.trace["retrieval"]
+    seen = context.seen["retrieval"]
     counted = int(seen["counted"])
     mass = (seen["mass"] / max(1, counted)).float()
     votes = voting(mass, options.heads if counted else 0)

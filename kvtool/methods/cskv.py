@@ -25,12 +25,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvtool.corpus.text import text
 from kvtool.encoding.codecs import Affine, Codec
 from kvtool.errors import InputError
 from kvtool.methods import _branch, _ranks
 from kvtool.methods._base import Context, Decision, share
 from kvtool.methods._branch import SIDES, WINDOW
+from kvtool.methods._prompts import texts
 from kvtool.methods._training import whole
 from kvtool.options import at_least
 
@@ -85,11 +85,10 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    model, g, layers = context.model, context.geometry, whole(context.geometry)
-    assert model is not None
-    made = text(model, tokens=options.tokens, samples=options.samples, seed=context.seed, half="calibration")
+    model, g, layers = context.running, context.geometry, whole(context.geometry)
+    read = texts(context, samples=options.samples, tokens=options.tokens)
     width, coded = g.kv_heads * g.head_dim, options.bits < _ranks.SIXTEEN
-    ranks, seen = options.ranks(width), _branch.observed(context, made.samples, layers)
+    ranks, seen = options.ranks(width), _branch.observed(context, read, layers)
     codecs = {side: codec(side, rank, options.bits) for side, rank in zip(SIDES, ranks, strict=True)}
     start, bound = _branch.begun(seen, ranks, asvd=options.start == "asvd", mixed=coded)
     tensors, history, ends = _branch.trained(context, seen, start, codecs, steps=options.steps, lr=options.lr)

@@ -116,8 +116,7 @@ def _factor(heads: int) -> int:
 
 def _all(context: Context, options: Options, met: torch.Tensor, parts: int) -> Candidates:
     """16 bits, the widths, and the ledger's two."""
-    assert context.trace is not None
-    g, gram = context.geometry, context.trace["gram"]
+    g, gram = context.geometry, context.seen["gram"]
     sides: dict[weigh.Side, tuple[torch.Tensor, torch.Tensor]] = {
         "keys": (gram["k"], gram["q"]),
         "values": (ways.blocks(gram["v"], g.kv_heads), met),

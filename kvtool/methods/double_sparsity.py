@@ -67,10 +67,9 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
     if options.channels > context.geometry.head_dim:
         raise InputError("more labels than channels", got=options.channels, expected=context.geometry.head_dim)
-    seen = context.trace["products"]
+    seen = context.seen["products"]
     energy = seen[options.rank] / seen["tokens"] / context.geometry.group
     order = energy.argsort(dim=-1, descending=True, stable=True).int()
     budget = torch.full((context.geometry.layers,), options.budget)

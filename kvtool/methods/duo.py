@@ -64,8 +64,7 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 def train(context: Context, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(alpha fp32 [L,K], distillation loss per step fp32 [steps])."""
-    model = context.model
-    assert model is not None
+    model = context.running
     training = Training(context, options, "loss")
     straw = Haystack(model, "calibration")
     for step in range(len(training.history), options.steps):

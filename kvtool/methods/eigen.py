@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.corpus.text import text
 from kvtool.errors import InputError
 from kvtool.methods import _ranks, _training
 from kvtool.methods._base import Context, Decision, share
+from kvtool.methods._prompts import texts
 from kvtool.options import at_least
 from kvtool.statistics._base import States
 
@@ -69,9 +69,8 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
     g, layers = context.geometry, _training.whole(context.geometry)
-    keys, values = (gram[layers] for gram in _ranks.moments(context.trace, g.kv_heads, 1))
+    keys, values = (gram[layers] for gram in _ranks.moments(context.seen, g.kv_heads, 1))
     found = [_ranks.principal(gram) for gram in (keys.mean(1, keepdim=True), values)]
     energy, bases = [each[0] for each in found], [each[1] for each in found]  # [N,1|K,D] and [N,1|K,D,D]
     if options.budget:
@@ -111,10 +110,9 @@ def fitting(energy: Spectra, options: Options, width: int) -> torch.Tensor:
 
 def searched(context: Context, options: Options, energy: Spectra, bases: Spectra) -> tuple[torch.Tensor, torch.Tensor]:
     """(ranks int64 [N,2], their errors [N]): per layer the lowest threshold before the first that errs too much."""
-    model, width = context.model, context.geometry.head_dim
-    assert model is not None
-    made = text(model, tokens=options.tokens, samples=options.samples, seed=context.seed, half="calibration")
-    seen = [_training.states(model, sample) for sample in made.samples]
+    model, width = context.running, context.geometry.head_dim
+    read = texts(context, samples=options.samples, tokens=options.tokens)
+    seen = [_training.states(model, sample) for sample in read]
     found, errors, least = [], [], max(1, round(options.floor * width))
     layers = _training.whole(context.geometry)
     for at, layer in enumerate(layers):

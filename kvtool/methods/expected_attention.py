@@ -73,8 +73,7 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 def _law(context: Context) -> dict[str, torch.Tensor]:
     """μ fp32 [L,H,D] and Σ fp32 [L,H,D,D] of the trace."""
-    assert context.trace is not None
-    seen = context.trace["queries"]
+    seen = context.seen["queries"]
     mean = seen["sum"] / seen["tokens"]
     covariance = seen["square"] / seen["tokens"] - mean[..., None] * mean[..., None, :]
     return {"mean": mean.float(), "covariance": covariance.float()}

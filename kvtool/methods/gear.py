@@ -25,13 +25,13 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.corpus.text import text
 from kvtool.encoding.codecs import Affine
 from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.residuals import ErrorBasis, Outliers
 from kvtool.errors import InputError
 from kvtool.methods import _training
 from kvtool.methods._base import Context, Decision, share
+from kvtool.methods._prompts import texts
 from kvtool.options import at_least
 from kvtool.slots import Store
 
@@ -110,23 +110,19 @@ def with_rank(side: Encoding, rank: int, block: int) -> Encoding:
 
 def spectra(context: Context, options: Options, bare: tuple[Encoding, Encoding]) -> torch.Tensor:
     """Mean squared singular values of the errors of blocks, fp64 [L,2,min(block,D)], of a layer's and side's spread."""
-    if context.model is None:
-        raise InputError("ranks are calibrated on the model", remedy="pass the model instead of a trace")
     width = min(options.block, context.geometry.head_dim)
     energy = torch.zeros(context.geometry.layers, 2, width, dtype=torch.float64)
     spread = torch.zeros(context.geometry.layers, 2, 1, dtype=torch.float64)
-    texts = text(
-        context.model, tokens=options.tokens, samples=options.samples, seed=context.seed, half="calibration"
-    ).samples
-    for number, sample in enumerate(texts, 1):
-        for seen in _training.states(context.model, sample):
+    read = texts(context, samples=options.samples, tokens=options.tokens)
+    for number, sample in enumerate(read, 1):
+        for seen in _training.states(context.running, sample):
             for at, (side, x) in enumerate(zip(bare, (seen.k, seen.v), strict=True)):
                 blocks = x[None, :, : x.shape[1] // options.block * options.block].float()
                 error = (side.decode(side.encode(blocks), x.shape[-1]) - blocks).unflatten(2, (-1, options.block))
                 about = blocks.unflatten(2, (-1, options.block))
                 energy[seen.layer, at] += torch.linalg.svdvals(error).double().square().sum((0, 1, 2)).cpu()
                 spread[seen.layer, at] += (about - about.mean(3, keepdim=True)).double().square().sum().cpu()
-        context.progress(number, len(texts), "errors of blocks")
+        context.progress(number, len(read), "errors of blocks")
     return energy / spread.clamp_min(torch.finfo(torch.float64).tiny)
 
 

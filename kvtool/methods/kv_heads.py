@@ -51,12 +51,11 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
     g, layers = context.geometry, whole(context.geometry)
     count = next((n for n in range(options.heads, g.kv_heads + 1) if g.kv_heads % n == 0), g.kv_heads)
     if g.kv_heads == 1 and options.heads > 1:
         raise InputError("one KV head cannot become fewer", got="a model with one", remedy="use palu or eigen")
-    found = [_ranks.principal(gram[layers]) for gram in _ranks.moments(context.trace, g.kv_heads, count)]
+    found = [_ranks.principal(gram[layers]) for gram in _ranks.moments(context.seen, g.kv_heads, count)]
     energy, bases = [each[0] for each in found], [each[1] for each in found]  # keys', values': [N,K/count,n,…]
     ranks = torch.full((len(layers), 2), g.head_dim)
     pairs = _ranks.projected(layers, bases, ranks, count)

@@ -28,7 +28,6 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.corpus.text import text
 from kvtool.encoding import codebook
 from kvtool.encoding.codecs import Levels
 from kvtool.encoding.encoding import Encoding
@@ -39,6 +38,7 @@ from kvtool.measuring.fisher import felt
 from kvtool.measuring.quantiles import Tails
 from kvtool.methods import _training
 from kvtool.methods._base import Context, Decision, share
+from kvtool.methods._prompts import texts
 from kvtool.options import at_least
 from kvtool.slots import Store
 
@@ -85,24 +85,23 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    g, model = context.geometry, context.model
-    assert model is not None
-    texts = text(model, tokens=options.tokens, samples=options.samples, seed=context.seed, half="calibration").samples
-    tails = [Tails(len(texts) * (options.tokens - options.sink), options.outliers) for _ in range(g.layers)]
-    for number, sample in enumerate(texts, 1):
+    g, model = context.geometry, context.running
+    read = texts(context, samples=options.samples, tokens=options.tokens)
+    tails = [Tails(len(read) * (options.tokens - options.sink), options.outliers) for _ in range(g.layers)]
+    for number, sample in enumerate(read, 1):
         for states in _training.states(model, sample):
             k = states.k if options.rope == "after" else states.k_pre
             tails[states.layer].see(k[:, options.sink :])
-        context.progress(number, 2 * len(texts), "ranges of keys")
+        context.progress(number, 2 * len(read), "ranges of keys")
     pairs = [unfitted(options, g.head_dim, *keys.range()) for keys in tails]
     counts = torch.zeros(g.layers, 2, 2, 2, codebook.BINS, dtype=torch.float64)  # [L, side, by F or by 1, ...]
-    for number, sample in enumerate(texts, len(texts) + 1):
+    for number, sample in enumerate(read, len(read) + 1):
         for layer in felt(model, sample, rotated=options.rope == "after"):
             given = (layer.k, layer.k_gradient), (layer.v, layer.v_gradient)
             for side, (x, gradient) in enumerate(given):
                 x, gradient = (tensor[:, options.sink :].float() for tensor in (x, gradient))
                 counts[layer.layer, side] += counted(pairs[layer.layer][side], x, gradient, options.weights)
-        context.progress(number, 2 * len(texts), "gradients of the loss")
+        context.progress(number, 2 * len(read), "gradients of the loss")
     made = [
         [fitted(*side, options) for side in zip(pair, count, strict=True)]
         for pair, count in zip(pairs, counts, strict=True)

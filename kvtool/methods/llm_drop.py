@@ -44,8 +44,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
-    statistic, layers = context.trace["residual"], context.geometry.layers
+    statistic, layers = context.seen["residual"], context.geometry.layers
     similarity = (statistic["attention"] / statistic["tokens"]).float()
     count = min(layers, round(options.drop if options.drop >= 1 else options.drop * layers))
     gone = similarity.argsort(descending=True, stable=True)[:count]

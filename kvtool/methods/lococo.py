@@ -125,8 +125,7 @@ def selection(context: Context, options: Options, budget: float, tables: Tensors
 
 def train(context: Context, options: Options) -> tuple[Tensors, torch.Tensor]:
     """(bf16 tables of `merges/convolution.py`, mean loss of a layer per step fp32 [steps])."""
-    model = context.model
-    assert model is not None
+    model = context.running
     layers = _training.whole(context.geometry)
     made = _training.prompts(model, options.kinds, options.lengths, options.prompts, context.seed)
     rates = {"convolution": options.lr, "bias": options.lr, "share": FASTER * options.lr}

@@ -96,8 +96,7 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 def train(context: Context, options: Options) -> tuple[Tensors, torch.Tensor]:
     """(bf16 tables of `scores/learned.py`, mean loss of a layer per step fp32 [steps])."""
-    model = context.model
-    assert model is not None
+    model = context.running
     layers = _training.whole(context.geometry)
     pool = []
     made = _training.prompts(model, options.kinds, options.lengths, options.prompts, context.seed)

@@ -61,8 +61,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    model = context.model
-    assert model is not None
+    model = context.running
     markers = {
         name: tuple(chain.from_iterable(spellings(model, text) for text in getattr(options, name)))
         for name in ("open", "close")

@@ -66,8 +66,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
-    seen = context.trace["jumps"]
+    seen = context.seen["jumps"]
     count = seen["count"].sum(1)
     tau = quantiles(count, options.rate) if options.mode == "calibrated" else torch.full((len(count),), options.tau)
     budget = torch.full((context.geometry.layers,), options.budget)

@@ -94,8 +94,7 @@ def calibrate(context: Context, options: Options) -> Decision:
 def measured(context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each pair of adjacent layers, keys and values, [L−1,2] each: the error of the best direction relative to the
     energy, the mean cosine, and the place of that direction on the arc."""
-    assert context.trace is not None
-    slerp, near = context.trace["slerp"], context.trace["neighbours"]
+    slerp, near = context.seen["slerp"], context.seen["neighbours"]
     errors = torch.stack([slerp[side].sum(1) for side in "kv"], dim=1)  # [L−1,2,places]
     energy = torch.stack([slerp[f"{side}_energy"].sum(1) for side in "kv"], dim=1)
     cosine = torch.stack([near[side].mean(1) for side in "kv"], dim=1) / near["tokens"].clamp_min(1)

@@ -26,11 +26,11 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.corpus.text import text
 from kvtool.errors import InputError
 from kvtool.methods import _ranks
 from kvtool.methods._base import Context, Decision
 from kvtool.methods._gradients import fisher
+from kvtool.methods._prompts import texts
 from kvtool.methods._training import whole
 from kvtool.options import at_least
 
@@ -70,11 +70,10 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
     g, layers = context.geometry, whole(context.geometry)
     count = _ranks.neighbours(g.kv_heads, options.group_heads)
     width = count * g.head_dim
-    found = [_ranks.principal(gram[layers]) for gram in _ranks.moments(context.trace, g.kv_heads, count)]
+    found = [_ranks.principal(gram[layers]) for gram in _ranks.moments(context.seen, g.kv_heads, count)]
     energy, bases = [each[0] for each in found], [each[1] for each in found]  # keys', values': [N,K/count,n,…]
     share = min(1.0, options.budget * _ranks.SIXTEEN / options.bits)
     steps, step = _ranks.units(share, width, options.multiple, 2 * len(layers))
@@ -96,6 +95,5 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 
 def _felt(context: Context, options: Options) -> torch.Tensor:
-    assert context.model is not None
-    made = text(context.model, tokens=options.tokens, samples=options.samples, seed=context.seed, half="calibration")
-    return fisher(context.model, made.samples, context.progress)
+    made = texts(context, samples=options.samples, tokens=options.tokens)
+    return fisher(context.running, made, context.progress)

@@ -76,7 +76,6 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
     g = context.geometry
     if options.outliers >= g.head_dim:
         raise InputError("bad option outliers", got=options.outliers, expected=f"fewer than {g.head_dim} channels")
@@ -85,7 +84,7 @@ def calibrate(context: Context, options: Options) -> Decision:
     rows, others = ([copies * g.head_dim for copies in each] for each in (options.sketch, options.apart))
     late = (torch.arange(g.layers) >= options.early).int()
     if options.outliers:
-        loud = loudest(context.trace, "k")[..., : options.outliers]
+        loud = loudest(context.seen, "k")[..., : options.outliers]
         keys = tuple(_apart(drawn, mine, rows[at], others[at]) for mine, at in zip(loud, late.tolist(), strict=True))
         late = torch.arange(g.layers).int()
     else:

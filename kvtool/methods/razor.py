@@ -47,8 +47,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
-    statistic, g = context.trace["induction"], context.geometry
+    statistic, g = context.seen["induction"], context.geometry
     scores = {
         name: per_kv_head(statistic[name] / statistic["rows"], g.kv_heads).float() for name in ("induction", "echo")
     }

@@ -50,8 +50,7 @@ class Options:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
-    statistic, g = context.trace["retrieval"], context.geometry
+    statistic, g = context.seen["retrieval"], context.geometry
     counted, prompts = int(statistic["counted"]), int(statistic["prompts"])
     if counted < options.answered:
         raise InputError(

@@ -90,8 +90,7 @@ def penalty(reward: float, threshold: float, strength: float) -> float:
 
 def train(context: Context, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(alpha fp32 [L,K], mean reward per step fp32 [steps])."""
-    model = context.model
-    assert model is not None
+    model = context.running
     training = Training(context, options, "reward", options.updates)
     first = len(training.history)
     asked = problems(

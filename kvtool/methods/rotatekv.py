@@ -66,8 +66,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
-    g, seen = context.geometry, context.trace["channels"]
+    g, seen = context.geometry, context.seen["channels"]
     together = max(count for count in _powers(options.heads) if g.kv_heads % count == 0)
     channels = g.kv_heads * g.head_dim
     group = max(size for size in range(1, min(options.group, channels) + 1) if channels % size == 0)

@@ -94,8 +94,7 @@ def _spans(options: Options, edges: tuple[int, ...]) -> torch.Tensor:
 
 def _mass(context: Context, options: Options, edges: tuple[int, ...]) -> torch.Tensor:
     """Attention that each layer pays each band, fp64 [L,bands], by the bins of distance that begin in it."""
-    assert context.trace is not None
-    distance = context.trace["attention"]["distance"].sum(1)  # [L,bins]
+    distance = context.seen["attention"]["distance"].sum(1)  # [L,bins]
     borders = torch.tensor([options.recent, *edges]).cumsum(0)
     band = torch.searchsorted(borders, torch.tensor(bin_edges()), right=True) - 1
     total = distance.sum(-1, keepdim=True).clamp_min(1e-12)

@@ -66,8 +66,7 @@ def at(budget: float) -> dict[str, Any]:
 def calibrate(context: Context, options: Options) -> Decision:
     if options.mode == "prompt":
         return Decision(_keep(context, options, options.budget))
-    assert context.trace is not None
-    persistence = ratio(context.trace["persistence"])
+    persistence = ratio(context.seen["persistence"])
     floor = options.floor * options.budget * (UNITS if options.budget <= 1 else 1)
     budget = by_score(context, 1 - persistence, options.budget, floor=floor, tokens=UNITS)
     return Decision(_keep(context, options, budget), {"persistence": persistence.float()})

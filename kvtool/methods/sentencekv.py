@@ -86,7 +86,7 @@ def calibrate(context: Context, options: Options) -> Decision:
     share = min(1.0, options.budget / kept) if options.budget <= 1 else max(1.0, options.budget - _always(options))
     read = Read(
         torch.full((layers,), share), unit=1, form="run", summary="mean", cut=options.cut,
-        ends=_ends(context.model, options.marks) if options.cut == "tokens" else None,
+        ends=_ends(context.running, options.marks) if options.cut == "tokens" else None,
         apart=torch.full((layers,), options.apart) if options.cut == "keys" else None, query="run", heads=options.heads,
         whole=options.whole, sink=options.sink, recent=options.recent, slow=options.slow,
     )  # fmt: skip

@@ -85,8 +85,7 @@ def calibrate(context: Context, options: Options) -> Decision:
         keys = [Encoding(transforms=(Join(g.kv_heads), Principal(rank)), rotated=False)]
         index[free] = 0
     else:
-        assert context.trace is not None
-        seen = context.trace["gram"]
+        seen = context.seen["gram"]
         energy, basis = principal(seen["k_pre"] / seen["tokens"].clamp_min(1))
         for layer in free:
             index[layer] = len(keys)

@@ -67,8 +67,7 @@ def calibrate(context: Context, options: Options) -> Decision:
         keys: tuple[Encoding, ...] = (Encoding(transforms=(Strongest(count, options.window),)),)
         index = torch.zeros(g.layers, g.kv_heads, dtype=torch.int32)
         return Decision(store=Store(keys, (Encoding(),), index, 0, *windows))
-    assert context.trace is not None
-    gram = context.trace["gram"]
+    gram = context.seen["gram"]
     queries, held = (gram[side].diagonal(dim1=-2, dim2=-1) for side in ("q", "k"))
     score = queries * held  # [L,K,D]
     kept = score.topk(count, dim=-1).indices.sort(-1).values

@@ -78,8 +78,7 @@ def calibrate(context: Context, options: Options) -> Decision:
     free = [layer for layer in range(options.dense, g.layers) if g.windows[layer] is None]
     evidence: dict[str, torch.Tensor] = {}
     if options.mode == "calibrated":
-        assert context.trace is not None
-        seen = context.trace["layer-overlap"]
+        seen = context.seen["layer-overlap"]
         rows = seen["rows"].clamp_min(1)
         evidence = {name: (seen[name] / rows).float() for name in ("overlap", "mass")}
         chosen = selectors(seen["mass"] / rows, free, options.selectors)

@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 
-from kvtool.corpus.text import text
 from kvtool.errors import InputError
 from kvtool.methods import _ranks, _roped, _training
 from kvtool.methods._base import Context, Decision
+from kvtool.methods._prompts import texts
 from kvtool.methods._roped import Mixed
 from kvtool.options import at_least
 
@@ -85,10 +85,8 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 
 def _layer(context: Context, number: int, options: Options) -> Mixed:
-    assert context.trace is not None
-    assert context.model is not None
-    g, rotary = context.geometry, context.model.rotary(number)
-    keys, values = (gram[number, 0] for gram in _ranks.moments(context.trace, g.kv_heads, g.kv_heads))
+    g, rotary = context.geometry, context.running.rotary(number)
+    keys, values = (gram[number, 0] for gram in _ranks.moments(context.seen, g.kv_heads, g.kv_heads))
     energy, columns = _roped.components(keys, rotary, g.kv_heads, phase=options.phase)
     rope = _roped.leading(rotary, g.kv_heads, len(energy))
     order = energy.argsort(descending=True, stable=True)
@@ -101,17 +99,16 @@ def _layer(context: Context, number: int, options: Options) -> Mixed:
 
 def measured(context: Context, options: Options, layers: list[Mixed], ranks: torch.Tensor) -> dict[str, torch.Tensor]:
     """Means over texts of each layer's relative change of the attention output, fp32 [N] each."""
-    model, chosen = context.model, _training.whole(context.geometry)
-    assert model is not None
-    made = text(model, tokens=options.tokens, samples=options.samples, seed=context.seed, half="calibration")
+    model, chosen = context.running, _training.whole(context.geometry)
+    read = texts(context, samples=options.samples, tokens=options.tokens)
     found = torch.zeros(3, len(layers))
-    for done, sample in enumerate(made.samples, 1):
+    for done, sample in enumerate(read, 1):
         seen = _training.states(model, sample)
         for at, (number, layer) in enumerate(zip(chosen, layers, strict=True)):
             weight, view = model.output_projection(number), seen[number]
             numbers = max(1, int(ranks[at].sum()) - int(layer.rope.sum()))
             variants = (layer.without_rope(view), layer.without_rope(view, numbers), layer.kept(view, ranks[at]))
             found[:, at] += torch.tensor([_ranks.output_change(view, *states, weight) for states in variants])
-        context.progress(done, len(made.samples), "losses")
+        context.progress(done, len(read), "losses")
     names = ("nope_error", "converted_error", "error")
-    return dict(zip(names, found / len(made.samples), strict=True))
+    return dict(zip(names, found / len(read), strict=True))

@@ -97,8 +97,7 @@ def _side(context: Context, options: Options, bits: float, kind: str, draw: torc
     """The encodings of keys ("k") or values ("v"): one for all layers, or one for each."""
     width, even = context.geometry.head_dim, kind == "v" and options.coding == "uniform"
     if bits % 1:
-        assert context.trace is not None
-        return _parts(loudest(context.trace, kind), bits, draw, even=even, correct=options.correct)
+        return _parts(loudest(context.seen, kind), bits, draw, even=even, correct=options.correct)
     if even:
         return (Encoding(Affine(int(bits), width, "channel")),)
     steps: tuple[Transform, ...]

@@ -59,8 +59,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    assert context.trace is not None
-    seen, kv_heads = context.trace["query-entropy"], context.geometry.kv_heads
+    seen, kv_heads = context.seen["query-entropy"], context.geometry.kv_heads
     texts = seen["sequences"].clamp_min(1)
     entropy = per_kv_head(seen["entropy"] / texts, kv_heads, "mean")
     group = groups(kv_heads, options.groups)  # of each place

@@ -73,8 +73,7 @@ def calibrate(context: Context, options: Options) -> Decision:
     index = torch.zeros(g.layers, g.kv_heads, dtype=torch.int32)
     orders: list[Transform] = [Spread()]
     if options.mode == "calibrated":
-        assert context.trace is not None
-        seen = context.trace["channels"]
+        seen = context.seen["channels"]
         ranked = (seen["k.max"] - seen["k.min"]).argsort(dim=-1, descending=True, stable=True)  # [L,K,D]
         orders = [Gather(order, g.head_dim) for order in ranked]
         index += torch.arange(g.layers, dtype=torch.int32)[:, None]

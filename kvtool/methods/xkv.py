@@ -100,8 +100,7 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 def _moments(context: Context, side: str, span: list[int]) -> torch.Tensor:
     """E[zᵀz] of a group's keys or values, [n·C,n·C]."""
-    assert context.trace is not None
-    own, cross = context.trace["gram"], context.trace["cross-gram"]
+    own, cross = context.seen["gram"], context.seen["cross-gram"]
     if not torch.equal(own["tokens"], cross["tokens"]):
         raise InputError("gram and cross-gram have seen different texts", remedy="profile both at once")
     return joint(own[side], cross[side], span[0], len(span)) / own["tokens"].clamp_min(1)

@@ -89,8 +89,7 @@ def _fitted(context: Context, bits: int) -> tuple[tuple[Encoding, ...], tuple[En
 
 def _frozen(context: Context, bits: int) -> tuple[tuple[Encoding, ...], tuple[Encoding, ...]]:
     """One pair a layer, from the extremes that the profile saw."""
-    assert context.trace is not None
-    seen = context.trace["channels"]
+    seen = context.seen["channels"]
     levels, value = torch.linspace(-1, 1, 2**bits), _values(bits, context.geometry.head_dim)
     keys, values = [], []
     for layer in range(context.geometry.layers):

@@ -59,10 +59,6 @@ class View:
         """What the rule was calibrated with, of this layer."""
         return self.spec.tables[name][self.layer].to(self.k.device)
 
-    def unrotated(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B,K,S,D] that stand where the entries stand, such as their keys, before RoPE."""
-        return self.rotary.unrotate(x, self.rotary.table(self.tags["positions"]))
-
     @property
     def group(self) -> int:
         """Query heads per KV head."""
