@@ -85,7 +85,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    model, g, layers = context.running, context.geometry, whole(context.geometry)
+    g, layers = context.geometry, whole(context.geometry)
     read = texts(context, samples=options.samples, tokens=options.tokens)
     width, coded = g.kv_heads * g.head_dim, options.bits < _ranks.SIXTEEN
     ranks, seen = options.ranks(width), _branch.observed(context, read, layers)
