@@ -1,7 +1,7 @@
-"""What is done so far, a line of JSON per fact, so that an interrupted comparison goes on where it was.
+"""What is done so far, a line of JSON per score, so that an interrupted comparison goes on where it was.
 
 The first line says under which model, precision and protocol the others hold. A line is written whole or, when the
-process is killed, cut: the remains of the last one are dropped. Facts name prompts and plans by their content, so that
+process is killed, cut: the remains of the last one are dropped. Scores name prompts and plans by their content, so that
 one journal serves comparisons that add methods, budgets, tasks or lengths.
 """
 
@@ -19,12 +19,11 @@ SCHEMA = 1
 
 
 class Journal:
-    """`scores`: what is known of a prompt × ask × cell × plan. `facts`: everything else, by name."""
+    """`scores`: what is known of a prompt × ask × cell × plan."""
 
     def __init__(self, path: Path, identity: str):
         self.path, self.identity = path, identity
         self.scores: dict[Key, dict[str, Any]] = {}
-        self.facts: dict[str, Any] = {}
         if path.exists():
             self._load()
         else:
@@ -47,20 +46,12 @@ class Journal:
         if whole != payload:
             files.replace(self.path, whole)
         for line in lines:
-            if "fact" in line:
-                self.facts[line["fact"]] = line["value"]
-            else:
-                self.scores[tuple(line["key"])] = line["scores"]
+            self.scores[tuple(line["key"])] = line["scores"]
 
     def score(self, key: Key, scores: dict[str, Any]) -> None:
         """Write down what one prompt gave."""
         self.scores[key] = scores
         self._line({"key": key, "scores": scores})
-
-    def fact(self, name: str, value: Any) -> None:
-        """Write down anything else that JSON holds."""
-        self.facts[name] = value
-        self._line({"fact": name, "value": value})
 
     def _line(self, record: dict[str, Any]) -> None:
         try:
