@@ -73,7 +73,7 @@ case(
     ("vidkv", {"mode": "calibrated", **WINDOW}),
 )
 case(
-    "Channels (think, diffqkv)",
+    "Channels (think)",
     *(("think", {"pruned": share, **WINDOW}) for share in (0.2, 0.4, 0.6)),
     ("think", {"pruned": 0.4, "mode": "calibrated", **WINDOW}),
 )
