@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvtool import conflicts, files, records
+from kvtool.encoding import fitted  # noqa: F401  kinds that a plan may hold, though no slot names them
 from kvtool.errors import InputError
 from kvtool.slots import Draft, Keep, Read, Store
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,18 @@ def test_compose_is_for_one_model(llama: Model) -> None:
     other = Plan("none", models.shared("qwen3").fingerprint)
     with pytest.raises(InputError, match="another model"):
         compose(tiny("duo-0", llama.name), other)
+
+
+def test_a_fresh_process_knows_every_kind_that_a_file_may_hold() -> None:
+    """Methods define none, so that a plan is read without the file of its method."""
+    script = """
+import importlib, pkgutil
+import kvtool.encoding, kvtool.plan
+from kvtool.records import Record
+known = set(Record.kinds)
+for _, name, _ in pkgutil.walk_packages(kvtool.encoding.__path__, "kvtool.encoding."):
+    importlib.import_module(name)
+print(sorted(set(Record.kinds) - known - {"Codes", "Stream"}))  # which only a snapshot holds
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
