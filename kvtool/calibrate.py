@@ -37,12 +37,14 @@ def calibrate(
     *,
     model: Model | None = None,
     trace: Trace | None = None,
+    load: Callable[[], Model] | None = None,
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     state: Path | None = None,
 ) -> Plan:
     """`settings`: option name → text or value. `state`: file that keeps an interrupted calibration; it resumes
-    from it when the method, options, seed and model are the same, and is removed at the end.
+    from it when the method, options, seed and model are the same, and is removed at the end. `load` gives the model of
+    the trace, to those methods that run it under these options.
 
     Raises InputError for an unknown option, a trace that lacks a statistic, or a model that the trace is not of.
     """
@@ -54,9 +56,11 @@ def calibrate(
             raise InputError(f"{name} reads a trace", expected=f"one with {', '.join(needed)}")
         trace.need(*needed)
     if module.MODEL and model is None:
-        raise InputError(f"{name} runs the model", remedy="pass the model, or a trace that names it")
-    if model is not None and trace is not None and trace.model != model.fingerprint:
-        raise InputError("the trace is of another model", remedy=f"profile {model.name} again")
+        if load is None:
+            raise InputError(f"{name} runs the model", remedy="pass the model, or a trace that names it")
+        model = load()
+    if model is not None:
+        _same(model, trace)
     fingerprint = model.fingerprint if model is not None else trace.model if trace is not None else None
     if fingerprint is None:
         raise InputError("nothing to calibrate on", expected="a model or a trace")
@@ -64,8 +68,9 @@ def calibrate(
         name, repr(sorted(options.record(chosen).items())), str(seed), repr(sorted(fingerprint.items()))
     )
     context = Context(
-        geometry(fingerprint), model, trace, seed, progress, _resume(state, identity), _checkpoint(state, identity)
-    )
+        geometry(fingerprint), model, trace, seed, progress, _resume(state, identity), _checkpoint(state, identity),
+        None if load is None else lambda: _same(load(), trace),
+    )  # fmt: skip
     decision = module.calibrate(context, chosen)
     if state is not None:
         state.unlink(missing_ok=True)
@@ -83,6 +88,13 @@ def calibrate(
     made = Plan(name, fingerprint, options.record(chosen), provenance, evidence=decision.evidence, **slots)
     conflicts.check(made)
     return made
+
+
+def _same(model: Model, trace: Trace | None) -> Model:
+    """The model; raises InputError when the trace is of another."""
+    if trace is not None and trace.model != model.fingerprint:
+        raise InputError("the trace is of another model", remedy=f"profile {model.name} again")
+    return model
 
 
 def _checkpoint(state: Path | None, identity: str) -> Callable[[dict[str, torch.Tensor]], None]:

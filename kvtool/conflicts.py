@@ -25,6 +25,7 @@ def check(plan: Plan) -> None:
         plan.read.check(plan.keep)
     rules = (
         counted, across_layers, across_layers_read, across_heads, followed, demoted, joined_by_age, step_by_step,
+        while_the_prompt_comes, bounded,
     )  # fmt: skip
     for rule in rules:
         conflict = rule(plan)
@@ -123,4 +124,30 @@ def step_by_step(plan: Plan) -> Conflict:
     return (
         "entries are evicted one by one at every step, but they are stored in blocks that are never written again",
         "compose with a plan that evicts once, after the prompt",
+    )
+
+
+def while_the_prompt_comes(plan: Plan) -> Conflict:
+    """A prompt's queries choose among all that came before them."""
+    select = None if plan.keep is None else plan.keep.select
+    if plan.read is None or not plan.read.sparse or select is None or select.when != "chunk":
+        return None
+    return (
+        "a prompt's queries choose what they read of it, but entries are evicted after every chunk",
+        "compose with a plan that evicts once, after the prompt",
+    )
+
+
+def bounded(plan: Plan) -> Conflict:
+    """Boundaries come from a layer whose heads all hold the whole prompt."""
+    spec = None if plan.read is None else plan.read.prefill
+    if spec is None or spec.cut is None or spec.lossless:
+        return None
+    keep, layer = plan.keep, spec.leader
+    held = keep is None or (bool(keep.full[layer].all()) and not bool(keep.gone[layer]))
+    if held and plan.model.get("windows", [None] * (layer + 1))[layer] is None:
+        return None
+    return (
+        f"layer {layer} makes the boundaries that a prompt is read by, but heads of it have a window",
+        "compose with a plan that keeps all of that layer, or calibrate with another layer",
     )

@@ -47,7 +47,12 @@ class Plan:
     @property
     def dense(self) -> bool:
         """Does every layer see a prompt that is fed at once whole?"""
-        return self.keep is None or not bool(self.keep.gone.any())
+        return (self.keep is None or not bool(self.keep.gone.any())) and (self.read is None or not self.read.sparse)
+
+    @property
+    def foretold(self) -> bool:
+        """Must a cache be told what follows the prompt?"""
+        return self.keep is not None and self.keep.select is not None and self.keep.select.observe == "answer"
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise InputError unless the plan was made for the model with this fingerprint."""
@@ -113,6 +118,13 @@ def compose(*plans: Plan) -> Plan:
                 assert kept is not None
                 if (both := kept.then(plan.keep)) is not None:
                     owners[slot] = replace(owners[slot], keep=both)
+                    continue
+            if slot == "read" and slot in owners:
+                assert plan.read is not None
+                chosen = owners[slot].read
+                assert chosen is not None
+                if (joined := chosen.then(plan.read)) is not None:
+                    owners[slot] = replace(owners[slot], read=joined)
                     continue
             if slot in owners:
                 raise InputError(

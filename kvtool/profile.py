@@ -1,7 +1,8 @@
 """The streaming pass: run samples through a model and let statistics observe.
 
-Each sample is one forward pass; a layer's queries, keys, values and attention exist only while that layer runs.
-What no requested statistic observes is not computed. It knows no statistic by name.
+Short samples share a forward pass (see `packing.py`), in which each is alone with its own listeners; a layer's queries,
+keys, values and attention exist only while that layer runs. What no requested statistic observes is not computed. It
+knows no statistic by name.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from kvtool import registry
 from kvtool.corpus.base import Corpus, Sample
 from kvtool.files import digest
 from kvtool.model import Model
+from kvtool.packing import Packed, Row, bins, run
 from kvtool.raw import Raw
 from kvtool.rotary import Table
 from kvtool.serving import Attention, Layer
 from kvtool.statistics._base import Copying, Rows, States, Statistic, Stream
 from kvtool.statistics._weights import weights
 from kvtool.trace import Trace, statistic
+from kvtool_kernels.attend.reference import logits
 from kvtool_kernels.attention_statistics.reference import Summary
 from kvtool_kernels.ops import attend, attention_statistics
 
 DECODE = 50  # tokens generated for a prompt with an answer, at most
+ROW = 2048  # tokens of short samples that share a forward pass
+HELD = 2**28  # bytes that the accumulators of these samples have, as each has its own until the pass is over
 Progress = Callable[[str, Sample], None]
 
 
@@ -60,18 +65,34 @@ def profile(
         done = trace.done.setdefault(kind, [])
         if corpus.provenance["hash"] not in [part["hash"] for part in trace.corpora.setdefault(kind, [])]:
             trace.corpora[kind].append(corpus.provenance)
-        for sample in corpus.samples:
-            key = digest(sample.tokens)
-            if key in done:
-                continue
-            fresh = {name: type(stat)(model, model.geometry) for name, stat in listeners.items()}
-            _observe(model, sample, fresh, costs, raw if kind == "text" else None, trace.weight)
-            with _uninterrupted():  # a sample is in the trace as a whole or not at all
-                for name, stat in listeners.items():
-                    stat.merge(fresh[name])
-                done.append(key)
-            progress(kind, sample)
+        waiting = {digest(sample.tokens): sample for sample in corpus.samples}
+        for row in _rows(model, {key: sample for key, sample in waiting.items() if key not in done}, listeners):
+            watches = [
+                _Watch(
+                    sample, {name: type(stat)(model, model.geometry) for name, stat in listeners.items()}, costs,
+                    raw if kind == "text" else None, trace.weight,
+                )
+                for sample in row.values()
+            ]  # fmt: skip
+            _observe(model, watches)
+            for key, watch in zip(row, watches, strict=True):
+                with _uninterrupted():  # a sample is in the trace as a whole or not at all
+                    for name, stat in listeners.items():
+                        stat.merge(watch.listeners[name])
+                    done.append(key)
+                progress(kind, watch.sample)
     return costs
+
+
+def _rows(model: Model, samples: dict[str, Sample], listeners: dict[str, Statistic]) -> Iterator[dict[str, Sample]]:
+    """Samples that share a pass: as many as ROW and HELD allow, and none for which RoPE would turn the others
+    otherwise."""
+    steady = min((rotary.steady or ROW for rotary in map(model.rotary, range(model.geometry.layers))), default=ROW)
+    lengths = [length if (length := len(sample.tokens)) <= steady else ROW for sample in samples.values()]
+    held = sum(tensor.nbytes for stat in listeners.values() for tensor in stat.state.values())
+    keys = list(samples)
+    for row in bins(lengths, ROW, max(1, HELD // max(held, 1))):
+        yield {keys[index]: samples[keys[index]] for index in row}
 
 
 @contextlib.contextmanager
@@ -90,24 +111,25 @@ def _uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _observe(
-    model: Model, sample: Sample, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None, weight: str
-) -> None:
-    watch = _Watch(listeners, costs, raw, weight)
+def _observe(model: Model, watches: list[_Watch]) -> None:
     with model.device:  # what statistics create lies where the model is
-        watch.all("begin", sample)
+        for watch in watches:
+            watch.all("begin", watch.sample)
     with model.served(), torch.no_grad(), model.device:
-        answer = _copying(model, sample, watch) if watch.wants("step") else None
-        if any(watch.wants(what) for what in ("states", "rows", "attended", "stream")):
-            _forward(model, sample, watch)
-    watch.all("end", sample, answer)
+        answers = [_copying(model, watch.sample, watch) if watch.wants("step") else None for watch in watches]
+        if any(watches[0].wants(what) for what in ("states", "rows", "attended", "stream")):
+            _forward(model, watches)
+    for watch, answer in zip(watches, answers, strict=True):
+        watch.all("end", watch.sample, answer)
 
 
 class _Watch:
     """The listeners of one sample, with a clock on each."""
 
-    def __init__(self, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None, weight: str):
-        self.listeners, self.costs, self.raw, self.weight = listeners, costs, raw, weight
+    def __init__(
+        self, sample: Sample, listeners: dict[str, Statistic], costs: dict[str, float], raw: Raw | None, weight: str
+    ):
+        self.sample, self.listeners, self.costs, self.raw, self.weight = sample, listeners, costs, raw, weight
 
     def wants(self, what: str) -> bool:
         return (what == "states" and self.raw is not None) or any(
@@ -141,21 +163,21 @@ class _Clock:
         self.costs[self.name] = self.costs.get(self.name, 0.0) + time.perf_counter() - self.start
 
 
-class _Observer(Layer):
-    """One layer of the observed forward pass."""
+class _Observer:
+    """One sample in one layer of the observed forward pass."""
 
-    def __init__(self, index: int, model: Model, sample: Sample, watch: _Watch, tables: dict[Any, Table | None]):
-        super().__init__()
-        self.index, self.model, self.sample, self.watch, self.tables = index, model, sample, watch, tables
+    def __init__(self, index: int, model: Model, watch: _Watch, tables: dict[Any, Table | None]):
+        self.index, self.model, self.sample, self.watch, self.tables = index, model, watch.sample, watch, tables
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         weighs = self.watch.weight != "uniform" and self.watch.wants("states")
         summary = self._rows(q, k, v, call) if self.watch.wants("rows") or weighs else None
         if self.watch.wants("states"):
             rotary = self.model.rotary(self.index)
-            if rotary.kind not in self.tables:
-                self.tables[rotary.kind] = rotary.table(torch.arange(q.shape[2], device=q.device))
-            table = self.tables[rotary.kind]
+            kind = (rotary.kind, q.shape[2])
+            if kind not in self.tables:
+                self.tables[kind] = rotary.table(torch.arange(q.shape[2], device=q.device), at_once=True)
+            table = self.tables[kind]
             self.watch.all(
                 "states",
                 States(
@@ -176,9 +198,6 @@ class _Observer(Layer):
         self.watch.all("rows", Rows(self.index, summary, first, self.sample))
         return summary
 
-    def get_seq_length(self) -> int:
-        return 0
-
 
 def plain(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention, kernel: Callable[..., Any] = attend
@@ -196,21 +215,33 @@ def plain(
     return out
 
 
-def _forward(model: Model, sample: Sample, watch: _Watch) -> None:
+def _forward(model: Model, watches: list[_Watch]) -> None:
     tables: dict[Any, Table | None] = {}
-    layers: list[Any] = [_Observer(index, model, sample, watch, tables) for index in range(model.geometry.layers)]
-    hooks = _stream_hooks(model, watch) if watch.wants("attended") or watch.wants("stream") else []
+    row = Row([watch.sample.tokens[None].to(model.device) for watch in watches], [0] * len(watches))
+    layers = [
+        Packed(row, [_Observer(index, model, watch, tables) for watch in watches])
+        for index in range(model.geometry.layers)
+    ]
+
+    def tell(what: str, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        for watch, mine, mine_after in zip(watches, row.cut(before), row.cut(after), strict=True):
+            watch.all(what, Stream(index, mine[0], mine_after[0]))
+
+    asked = watches[0].wants("attended") or watches[0].wants("stream")
+    hooks = stream_hooks(model, tell) if asked else []
     try:
-        model.network.base_model(input_ids=sample.tokens[None].to(model.device), past_key_values=Cache(layers=layers))
+        run(model.network.base_model, row, layers)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _stream_hooks(model: Model, watch: _Watch) -> list[Any]:
-    """Hooks that hand the residual stream around each layer to the listeners."""
+def stream_hooks(model: Model, tell: Callable[[str, int, torch.Tensor, torch.Tensor], None]) -> list[Any]:
+    """Hooks that tell of each layer's residual stream, [B,T,hidden], before and after its attention ("attended") and
+    the whole layer ("stream")."""
     seen: dict[int, torch.Tensor] = {}
     hooks = []
+
     for index, (layer, attention) in enumerate(zip(model.decoder_layers, model.attention_modules, strict=True)):
 
         def before(module, args, kwargs, index=index):
@@ -220,11 +251,11 @@ def _stream_hooks(model: Model, watch: _Watch) -> list[Any]:
             out = output[0] if isinstance(output, tuple) else output
             if hasattr(layer, "pre_feedforward_layernorm"):  # sandwich norms: the residual adds the normed output
                 out = layer.post_attention_layernorm(out)
-            watch.all("attended", Stream(index, seen[index][0], (seen[index] + out)[0]))
+            tell("attended", index, seen[index], seen[index] + out)
 
         def after(module, args, output, index=index):
             out = output[0] if isinstance(output, tuple) else output
-            watch.all("stream", Stream(index, seen.pop(index)[0], out[0]))
+            tell("stream", index, seen.pop(index), out)
 
         hooks += [
             layer.register_forward_pre_hook(before, with_kwargs=True),
@@ -248,19 +279,15 @@ class _Copier(Layer):
         self.held = (k, v)
         if q.shape[2] > 1:
             return plain(q, k, v, call)
-        logits = (q[0, :, 0].unflatten(0, (k.shape[1], -1)).float() @ k[0].float().transpose(1, 2)).flatten(
-            0, 1
-        ) * call.scale
-        if call.softcap is not None:
-            logits = call.softcap * torch.tanh(logits / call.softcap)
+        seen = logits(q.float(), k.float(), scale=call.scale, softcap=call.softcap)[0, :, 0]
         if call.window is not None:
-            logits[:, : max(0, k.shape[2] - call.window)] = float("-inf")
+            seen[:, : max(0, k.shape[2] - call.window)] = float("-inf")
         sink = (
             call.sink_logits.float()[:, None]
             if call.sink_logits is not None
-            else logits.new_full((len(logits), 1), float("-inf"))
+            else seen.new_full((len(seen), 1), float("-inf"))
         )
-        self.row = torch.softmax(torch.cat([logits, sink], dim=1), dim=1)[:, :-1]
+        self.row = torch.softmax(torch.cat([seen, sink], dim=1), dim=1)[:, :-1]
         out = self.row.unflatten(0, (k.shape[1], -1)) @ v[0].float()
         return out.flatten(0, 1)[None, :, None].to(q.dtype)
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from kvtool.errors import InputError, unknown
 from kvtool.model import Geometry
 from kvtool.statistics._base import States
+from kvtool_kernels.attend.reference import logits
 
 KINDS = ("k", "v", "q", "attention")
 
@@ -91,18 +92,17 @@ class Raw:
         save_file(tensors, target)
 
     def _attention(self, view: States, head: int, end: int) -> torch.Tensor:
-        logits = view.q[head, :end].float() @ view.k[head // self.geometry.group, :end].float().T * view.scale
-        if view.softcap is not None:
-            logits = view.softcap * torch.tanh(logits / view.softcap)
-        hidden = torch.ones(end, end, dtype=torch.bool, device=logits.device).triu(1)
+        q, k = view.q[None, [head], :end].float(), view.k[None, [head // self.geometry.group], :end].float()
+        found = logits(q, k, scale=view.scale, softcap=view.softcap)[0, 0]
+        hidden = torch.ones(end, end, dtype=torch.bool, device=found.device).triu(1)
         window = self.geometry.windows[view.layer]
         if window is not None:
             hidden |= torch.ones_like(hidden).tril(-window)
-        logits = logits.masked_fill(hidden, float("-inf"))
+        found = found.masked_fill(hidden, float("-inf"))
         if view.sink_logits is not None:  # its share of the softmax is not written
             sink = view.sink_logits[head].float().expand(end, 1)
-            return torch.softmax(torch.cat([logits, sink], dim=-1), -1)[:, :-1]
-        return torch.softmax(logits, -1)
+            return torch.softmax(torch.cat([found, sink], dim=-1), -1)[:, :-1]
+        return torch.softmax(found, -1)
 
 
 def span(text: str | None, count: int, what: str) -> list[int]:

@@ -3,11 +3,16 @@
 The rotation tables come from the model's own rotary module, so every RoPE scaling rule is its own. Which channels
 pair up (half-split or interleaved) and how many are rotated is found by a test: in layer 0 the same token at two
 positions must have the same key once its rotation is undone.
+
+Some scaling rules (dynamic NTK, LongRoPE) turn all positions otherwise once a text is longer than some length. A key
+that was written before stays as it was turned then, so nobody can tell from its position how to turn it back. Up to
+that length, which is found by a test too, angles belong to positions and everything here is exact; beyond it `table`
+raises InputError, unless it is asked for a text that was fed at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +23,7 @@ from kvtool_kernels.precision import wide
 
 Table = tuple[torch.Tensor, torch.Tensor]
 Tables = dict[tuple[object, ...], Table]
+FAR = 2**22  # tokens that no text has
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Rotary:
     interleaved: bool
     doubled: bool = False  # the module gives each angle once (GPT-OSS), not once a channel
     tables: Tables | None = field(default=None, compare=False, repr=False)  # `rows` by kind, for whoever shares them
+    steady: int | None = None  # up to how many tokens angles belong to positions alone; None: always
+    short: dict[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)  # the module's buffers then
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -38,10 +46,30 @@ class Rotary:
         fixed = (*self.args, *self.kwargs.values())
         return (id(self.module), *(str(value) for value in fixed if not isinstance(value, torch.Tensor)))
 
-    def table(self, positions: torch.Tensor) -> Table | None:
-        """positions int64 [...] → (cos, sin) fp32 [..., width], scaling factors included."""
+    def table(self, positions: torch.Tensor, *, at_once: bool = False) -> Table | None:
+        """positions int64 [...] → (cos, sin) fp32 [..., width], scaling factors included.
+
+        at_once: they are all of a text that the network is being fed in one call."""
         if self.module is None:
             return None
+        if self.steady is not None and not at_once:
+            self._check(self.steady, positions)
+        return self._angles(positions)
+
+    def _check(self, steady: int, positions: torch.Tensor) -> None:
+        """Raise InputError if keys were turned, or would be, as only a long text's are."""
+        assert self.module is not None
+        buffers = dict(self.module.named_buffers())
+        long = any(not torch.equal(buffers[name], held.to(buffers[name])) for name, held in self.short.items())
+        if long or (positions.numel() and int(positions.max()) >= steady):
+            raise InputError(
+                "in longer texts this model's RoPE turns keys otherwise, and what came before cannot be turned back",
+                got="a longer text", expected=f"{steady} tokens or fewer",
+                remedy="use a plan that holds keys after RoPE and leaves them where they are",
+            )  # fmt: skip
+
+    def _angles(self, positions: torch.Tensor) -> Table:
+        assert self.module is not None
         flat = positions.reshape(1, -1)
         args = tuple(flat if _is_positions(value) else value for value in self.args)
         kwargs = {name: flat if _is_positions(value) else value for name, value in self.kwargs.items()}
@@ -49,7 +77,27 @@ class Rotary:
             cos, sin = self.module(*args, **kwargs)
         if self.doubled:
             cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
-        return tuple(part[0].float().reshape(*positions.shape, -1) for part in (cos, sin))
+        return cos[0].float().reshape(*positions.shape, -1), sin[0].float().reshape(*positions.shape, -1)
+
+    def bounded(self) -> Rotary:
+        """The same, with `steady` found by bisection: the least length whose angles at one place are others."""
+        if self.module is None:
+            return self
+
+        def alike(last: int) -> bool:
+            far = self._angles(torch.tensor([1, last], device=device))
+            near = self._angles(torch.tensor([1], device=device))  # last: it leaves the module as a short text does
+            return all(torch.equal(a, b[:1]) for a, b in zip(near, far, strict=True))
+
+        device = next(x.device for x in (*self.args, *self.kwargs.values()) if _is_positions(x))
+        if alike(FAR):
+            return self
+        low, high = 1, FAR
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if alike(middle) else (low, middle)
+        short = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        return replace(self, steady=high, short=short)
 
     def rows(self, count: int, device: torch.device) -> Table:
         """(cos, sin) fp32 [count, width/2] of positions 0 … count − 1, once a pair."""
@@ -134,10 +182,12 @@ def detect(
         module, args, kwargs, _ = origin
         found.append(Rotary(module, args, kwargs, rotation[0].shape[-1], False))
     doubled, interleaved = _convention(found[0], rotations[0], first_key)
-    return [
+    turned = [
         Rotary(r.module, r.args, r.kwargs, r.width * (1 + doubled), interleaved, doubled) if r.module is not None else r
         for r in found
     ]
+    bounded = {rotary.kind: rotary.bounded() for rotary in turned}
+    return [replace(r, steady=bounded[r.kind].steady, short=bounded[r.kind].short) for r in turned]
 
 
 def _convention(rotary: Rotary, rotation: Table | None, key: torch.Tensor) -> tuple[bool, bool]:

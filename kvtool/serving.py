@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Attention:
     padding: torch.Tensor | None  # bool [B, tokens seen + T], False where the batch is left-padded
     positions: torch.Tensor | None = None  # int64 [B|1,T], what RoPE was given, if the model passes it on
     tokens: torch.Tensor | None = None  # int64 [B,T], what the network was fed, unless it was embeddings
+    given: Mapping[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # see `Step` of the cache
 
 
 class Layer(CacheLayerMixin):

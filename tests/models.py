@@ -120,12 +120,27 @@ VARIANTS: dict[str, Callable[[int], Model]] = {
         "gpt-oss", GptOssForCausalLM, GptOssConfig(**MIXED, num_local_experts=2, num_experts_per_tok=1), seed
     ),
 }
+# Angles of all positions are others in texts of more than 32 tokens: where laws hold in shorter ones alone.
+LONG = 32
+STRETCHED: dict[str, Callable[[int], Model]] = {
+    "rope-dynamic": _llama("rope-dynamic", max_position_embeddings=LONG, **_rope(rope_type="dynamic")),
+    "rope-longrope": _llama(
+        "rope-longrope",
+        max_position_embeddings=4 * LONG,
+        **_rope(
+            rope_type="longrope",
+            original_max_position_embeddings=LONG,
+            short_factor=[1.0, 1.1, 1.2, 1.3],
+            long_factor=[1.0, 2.0, 3.0, 4.0],
+        ),
+    ),
+}
 EVERY = ARCHITECTURES | VARIANTS
 
 
 def build(name: str, seed: int = 0) -> Model:
-    """A fresh tiny model by its name in `EVERY`."""
-    return EVERY[name](seed)
+    """A fresh tiny model by its name in `EVERY` or `STRETCHED`."""
+    return (EVERY | STRETCHED)[name](seed)
 
 
 @functools.cache

@@ -86,6 +86,42 @@ def test_derived_pages_are_up_to_date() -> None:
     assert not stale, "run python docs/generate.py"
 
 
+BOARD = """
+|  | bytes | passkey | two-hop | perplexity × | KL |
+| --- | --- | --- | --- | --- | --- |
+| `quest@0.5` | 1.1 | 1.00/0.80 | 0.20/– | 1.01 | 0.1 |
+| `quest@0.25` | 1.2 | 0.80/0.60 | 0.00/– | 1.07 | 0.2 |
+| `span-rule` | 1.0 | 1.00/1.00 | 0.40/– |  |  |
+| `duo@0.25` | no gates |  |  |  |  |
+
+| method | options | bits held |
+| --- | --- | --- |
+| `kivi` | bits=2 | 3.00 |
+| `quest` | defaults | 32.00 |
+
+| not a board | passkey |
+| --- | --- |
+| `razor` | 1.00 |
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("quest", "1.2: passkey 0.80/0.60, two-hop 0.00/–, perplexity × 1.07"),
+        ("span-rule", "1.0: passkey 1.00/1.00, two-hop 0.40/–"),
+        ("duo", "no gates"),
+        ("kivi", "[encodings](scoreboard.md#encodings)"),
+        ("razor", "not measured yet"),
+    ],
+)
+def test_systems_get_their_line_of_the_scoreboard_by_its_columns(name: str, said: str) -> None:
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    row = ["a system", "keep", f"`--method {name}`", "a plan", "all", "nothing"]
+    made = generate["_scored"](f"| {' | '.join(row)} | of old |", *generate["scoreboard"](BOARD))
+    assert made == f"| {' | '.join(row)} | {said} |"
+
+
 FOLDERS = {"methods": "methods", "replay": "replay/tasks"}
 
 
@@ -138,6 +174,20 @@ def test_each_array_of_a_statistic_has_its_shape_and_rule(name: str) -> None:
     assert told == {array: (list(made[array].shape), "kept" if own else rule) for array, rule in made.rules.items()}
 
 
+def test_the_statistics_that_are_not_taken_by_default_are_named() -> None:
+    """In one list, and each in its section."""
+    asked = {name for name in ENTRIES["statistics"] if not statistic(name).default}
+    listed = re.search(r"A plain `profile` takes all but (.*?)\. ", page("statistics"), re.DOTALL)
+    assert listed is not None
+    assert set(NAMED.findall(listed[1])) == asked
+    said = {
+        name
+        for name, text in sections("statistics").items()
+        if "not taken by default" in " ".join(text.lower().split())
+    }
+    assert said == asked
+
+
 def _dimension(text: str) -> int:
     """ "L+1", "C" or "64" → a number."""
     letter, change = re.fullmatch(r"([A-Z]?)([+−]?\d*)", text).groups()  # type: ignore[union-attr]
@@ -163,7 +213,7 @@ def test_the_headers_of_files_are_explained(tmp_path: Path) -> None:
 
 def test_the_models_of_the_tests_are_listed() -> None:
     told = {name for row in table(page("models"), "model in the tests") for name in NAMED.findall(row[0])}
-    assert told == set(models.EVERY)
+    assert told == set(models.EVERY | models.STRETCHED)
 
 
 def test_the_operations_are_listed() -> None:

@@ -27,7 +27,7 @@ from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
 
-GOLDEN = "3d058820d29d2384b2ca586665493a56acf6fdd13252d7fc357bed00ce6249d7"
+GOLDEN = "5cdb4702242e733e7c37a3575cc13de1803cb4383e8a4ed4a6412ad437e51fee"
 
 
 def small() -> Plan:

@@ -7,6 +7,7 @@ PyTorch, which runs on any device.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,7 @@ __all__ = [
     "attend",
     "attend_latent",
     "attend_packed",
+    "attend_ragged",
     "attend_scored",
     "attend_selected",
     "attention_statistics",
@@ -42,8 +44,6 @@ __all__ = [
     "merge",
     "pack",
     "pack_trits",
-    "page_bounds",
-    "page_entries",
     "page_scores",
     "quantize",
     "quantize_levels",
@@ -76,6 +76,14 @@ def attend_scored(
         return _attend_cpu.scored(q, k, v, scale=scale, softcap=softcap)
     made = attend(q, k, v, scale=scale, softcap=softcap)
     return *made, _attend_reference.logits(q, k, scale=scale, softcap=softcap)
+
+
+def attend_ragged(
+    q: torch.Tensor, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], *, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of heads that hold different numbers of entries, with its log-sum-exp; see `attend/reference.py`."""
+    twin = _triton("attend") if q.is_cuda else _on_cpu(q, _attend_cpu, _attend_reference)
+    return twin.ragged(q, k, v, scale=scale, softcap=softcap)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -209,19 +217,9 @@ def streaming_prefill(
     return twin.streaming_prefill(q, k, v, sink=sink, recent=recent, scale=scale, start=start, softcap=softcap)
 
 
-def page_bounds(k: torch.Tensor, *, page: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the greatest key of each page, by channel; see `select/reference.py`."""
-    return _select_reference.page_bounds(k, page=page)
-
-
 def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """A bound of the logits of each page; see `select/reference.py`."""
     return _select_reference.page_scores(q, low, high)
-
-
-def page_entries(scores: torch.Tensor, *, pages: int, page: int, entries: int) -> torch.Tensor:
-    """The entries of the best pages, in order; see `select/reference.py`."""
-    return _select_reference.page_entries(scores, pages=pages, page=page, entries=entries)
 
 
 def attend_selected(

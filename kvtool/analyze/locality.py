@@ -2,13 +2,14 @@
 
     recent(w)   attention mass on the nearest w distances, the token itself included
     sink        attention mass on the first 4 positions
-    window      the smallest w with recent(w) + sink ≥ 0.9 (ours), mean over the heads of a layer
+    window      the smallest w with recent(w) + sink ≥ 0.9 (ours), mean over the heads of a layer; none if no w has it
 
 A decoder that looks at its own block alone in some layers works if it is trained so (Block Transformer, arXiv
 2406.02657); a trained model is no such decoder, but its layers differ, and this says by how much. `worst` is
-recent(w) + sink of the least local head at the layer's window: one head that looks far is why a layer whose mean is
-local may still need everything. Sink and recent mass overlap in the rows that are shorter than w, so that windows near
-the length of the texts are too small: compare profiles of equal length, of several times the window of interest.
+recent(w) + sink of the least local head at the layer's window, or at the widest where there is none: one head that
+looks far is why a layer whose mean is local may still need everything. Sink and recent mass overlap in the rows that
+are shorter than w, so that windows near the length of the texts are too small: compare profiles of equal length, of
+several times the window of interest.
 
 With `layer-overlap` in the trace: how much of what a layer looks at most the layer before looks at most too, and what a
 choice by layer i finds of what layer j's own would (mass[i, j] / mass[j, j]; TidalDecode, arXiv 2410.05076). With
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvtool.analyze import _figures as draw
-from kvtool.analyze._base import NOTHING, Cell, Finding, cell, observed, plain, shown
+from kvtool.analyze._base import Cell, Finding, cell, observed, plain, shown
 from kvtool.statistics._base import bin_edges
 from kvtool.statistics.jumps import BINS
 from kvtool.trace import Trace
@@ -48,20 +49,20 @@ def find(trace: Trace) -> Finding:
     held = (recent + sink[..., None]).clamp(max=1.0)
     enough = held.mean(1) >= ENOUGH  # [L,borders]
     first = torch.where(enough.any(1), enough.int().argmax(1), len(borders) - 1)
-    window = borders[first]
+    window = borders[first].double().masked_fill(~enough.any(1), float("nan"))
     layers = torch.arange(len(first))
     worst, which = held[layers, :, first].min(1)
     at = {width: int((borders == width).nonzero()) for width in WIDTHS}
     data: dict[str, Any] = {
         "enough": ENOUGH, "widths": list(WIDTHS), "recent": {str(w): plain(recent[..., i]) for w, i in at.items()},
-        "sink": plain(sink), "window": window.tolist(), "worst": plain(worst), "worst_head": which.tolist(),
-        "own_window": list(trace.geometry.windows),
+        "sink": plain(sink), "window": [None if w != w else int(w) for w in window.tolist()], "worst": plain(worst),
+        "worst_head": which.tolist(), "own_window": list(trace.geometry.windows),
     }  # fmt: skip
     columns = ("layer", *(f"recent {width}" for width in WIDTHS), "sink", "window", "worst", "of head")
     rows = []
     for layer in shown(trace.geometry.layers):
         near: list[Cell] = [cell(recent[layer, :, at[width]].mean()) for width in WIDTHS]
-        own = int(window[layer]) if bool(enough[layer].any()) else NOTHING
+        own = cell(window[layer], 0)
         rows.append((layer, *near, cell(sink[layer].mean()), own, cell(worst[layer]), f"{layer}.{int(which[layer])}"))
     figures = {"locality": partial(_figure, borders, recent.mean(1))}
     made = Finding("locality", _headline(window, worst), columns, rows, data, figures)
@@ -118,9 +119,10 @@ def _along(trace: Trace) -> More:
     centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS * 2 - 1
     steps = count.sum(1)
     cosine, jaccard = (count * centres).sum(1) / steps, overlap.sum(1) / steps
+    met = steps > 0  # layers with a window of their own count nothing
     text = (
-        f"From one token to the next, the tenth looked at most has a Jaccard index of {float(jaccard.min()):.2f} to "
-        f"{float(jaccard.max()):.2f}, queries a cosine of {float(cosine.min()):.2f} to {float(cosine.max()):.2f}."
+        f"From one token to the next, the tenth looked at most has a Jaccard index of {_range(jaccard[met])}, queries "
+        f"a cosine of {_range(cosine[met])}."
     )
     data = {"jaccard": plain(jaccard), "cosine": plain(cosine)}
     return "kept", jaccard, text, data, {"locality-steps": partial(_steps, cosine, jaccard)}
@@ -141,19 +143,31 @@ def _steps(cosine: torch.Tensor, jaccard: torch.Tensor, figure: Figure) -> None:
     (axis,) = draw.panels(figure, 1, 1, draw.NARROW, 2.2)
     for index, (name, values) in enumerate((("cosine of queries", cosine), ("Jaccard of entries", jaccard))):
         axis.plot(range(len(values)), values, label=name, **draw.line(index))
-    axis.set(xlabel="layer", ylabel="from token to token", ylim=(min(0.0, float(cosine.min())) - 0.02, 1.02))
+    axis.set(
+        xlabel="layer", ylabel="from token to token", ylim=(min(0.0, float(cosine.nan_to_num().min())) - 0.02, 1.02)
+    )
     axis.legend()
     draw.whole(axis)
 
 
+def _range(values: torch.Tensor) -> str:
+    return f"{float(values.min()):.2f} to {float(values.max()):.2f}"
+
+
 def _headline(window: torch.Tensor, worst: torch.Tensor) -> str:
-    order = window.argsort(stable=True)
-    near, far = (", ".join(str(int(layer)) for layer in part) for part in (order[:3], order.flip(0)[:3]))
-    whole = int((worst >= ENOUGH).sum())
+    """window, worst [L]; NaN: no window holds enough."""
+    local = ~window.isnan()
+    without = int((~local).sum())
+    if not local.any():
+        return f"In none of the {len(window)} layers does a window hold {ENOUGH:.0%} of the attention."
+    order = [int(layer) for layer in window.argsort(stable=True) if local[layer]]
+    near, far = (", ".join(map(str, part)) for part in (order[:3], order[::-1][:3]))
+    whole = int((worst[local] >= ENOUGH).sum())
+    found = window[local]
     return (
-        f"{ENOUGH:.0%} of the attention is on the first {SINK} tokens and the nearest {int(window.min())} to "
-        f"{int(window.max())}, by layer: nearest in {near}, farthest in {far}; in {whole} of {len(window)} layers that "
-        f"holds for every head."
+        f"{ENOUGH:.0%} of the attention is on the first {SINK} tokens and the nearest {int(found.min())} to "
+        f"{int(found.max())}, by layer: nearest in {near}, farthest in {far}; in {whole} of {len(window)} layers that "
+        f"holds for every head" + (f", and in {without} no window holds so much." if without else ".")
     )
 
 

@@ -22,11 +22,18 @@ class Board:
     def __init__(self) -> None:
         self.posts: dict[tuple[int, ...], tuple[int, Post]] = {}
         self.tables: Tables = {}  # of rotations, computed once a call for all layers
+        self.boundaries: dict[int, torch.Tensor] = {}  # by part: how much of one each entry's place is, [B,N]
+        self.cuts: dict[tuple[int, int], torch.Tensor] = {}  # by part and block: those that count for it, bool [B,N]
         self.pools: dict[tuple[int, int], Pool] = {}  # by part and first layer, of layers that are written as one
 
     def rotary(self, rotary: Rotary) -> Rotary:
         """The same, sharing its tables with other layers until the last layer is done."""
         return replace(rotary, tables=self.tables)
+
+    def clear(self) -> None:
+        """The last layer is done: what the next call will not need goes."""
+        for held in (self.tables, self.boundaries, self.cuts):
+            held.clear()
 
     def post(self, key: tuple[int, ...], readers: int, post: Post) -> None:
         """For so many readers."""

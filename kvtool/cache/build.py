@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from kvtool.cache.board import Board
@@ -14,6 +15,7 @@ from kvtool.cache.pool import Member, Pool
 from kvtool.cache.reader import Place, Reader
 from kvtool.cache.rest import Rest
 from kvtool.cache.selector import Selector
+from kvtool.cache.sparse import Sparse
 from kvtool.cache.thinned import Thinned
 from kvtool.cache.window import Window
 from kvtool.encoding.encoding import Encoding
@@ -43,6 +45,14 @@ def per_row(plan: Plan | None) -> bool:
     spec = plan.keep.select if plan is not None and plan.keep is not None else None
     fitted = plan is not None and plan.store is not None and plan.store.fits
     return fitted or (spec is not None and spec.ragged and not spec.lossless)
+
+
+def sparse(model: Model, plan: Plan | None, layer: int, prompt_length: int | None, board: Board) -> Sparse | None:
+    """What chooses the entries that a prompt's queries read in this layer, if anything does."""
+    spec = None if plan is None or plan.read is None else plan.read.prefill
+    if spec is None or not spec.runs(layer):
+        return None
+    return Sparse(spec, layer, prompt_length, model.rotary(layer), board)
 
 
 def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt_length: int) -> tuple[Any, ...]:
@@ -101,7 +111,7 @@ def _lane(
         options |= _stored(model, plan.store, place, policy[1])
     read = plan.read
     if read is not None and read.acts(layer):
-        options["reader"] = Reader(read, place)
+        options["reader"] = Reader(read, replace(place, rotary=model.rotary(layer)))
     if read is not None and options.keys() & {"reader", "key"}:
         options |= _limits(read, plan.store)
     return Bulk(heads, **options) if spec is None else Thinned(heads, **options)
@@ -140,7 +150,7 @@ def _pair(store: Store, layer: int, heads: list[int], model: Model) -> tuple[Enc
 def _limits(read: Read, store: Store | None) -> dict[str, int]:
     """Of all heads and layers alike, raw ones too: what one layer chooses, another may read."""
     sink, recent, block = (0, 0, 1) if store is None else (store.sink, store.recent, store.block)
-    return {"sink": max(sink, read.sink), "recent": max(recent, read.recent), "block": math.lcm(block, read.unit)}
+    return {"sink": max(sink, read.sink), "recent": max(recent, read.recent), "block": math.lcm(block, read.block)}
 
 
 def _member(model: Model, store: Store, place: Place, number: int) -> Member:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from kvtool.cache.coded import Coded
-from kvtool.cache.lane import Lane, Partial, Step
+from kvtool.cache.lane import Lane, Partial, Step, blank
 from kvtool.cache.pool import Member
 from kvtool.cache.reader import Reader
 from kvtool.cache.rest import Rest
@@ -60,6 +61,8 @@ class Bulk(Lane):
         self.limits, self.block = (sink, recent), block
         self.encodings, self.rotary, self.older, self.held = (key, value), rotary, older, limits
         self.reader, self.member = reader, member
+        if reader is not None:
+            reader.places.of = self._bulk_positions
         self.sinks, self.recent = Dense(), Dense()
         self.queries: list[torch.Tensor] = []  # those that an encoding fits itself to, until the prompt's end
         self.watched: list[int] = []  # how many of the newest each looks at
@@ -129,6 +132,18 @@ class Bulk(Lane):
         self._move()
         return out
 
+    def plain(self, step: Step) -> bool:
+        before = self.bulk.length or self.sinks.length or self.shared
+        return not before and self.reader is None and step.chosen is None and self.recent.weight is None
+
+    def enter(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        self._receive(k, v, step)
+        return self.recent.recall()
+
+    def leave(self, q: torch.Tensor, step: Step) -> None:
+        self._observe(q, step)
+        self._move()
+
     def _observe(self, q: torch.Tensor, step: Step) -> None:
         """The queries of the newest entries are there."""
         if not self.finished and q.shape[2]:
@@ -137,7 +152,7 @@ class Bulk(Lane):
     def _receive(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
         self.recent.append(k, v, self._most())
         if self.reader is not None:
-            self.reader.receive(q, k, step)
+            self.reader.receive(q, k, step, self.recent.keys())
         self.origin = step.origin
         if self.positions is not None:
             new = torch.arange(self.fed, self.fed + k.shape[2], device=k.device)
@@ -149,6 +164,9 @@ class Bulk(Lane):
         return None
 
     def _attend(self, q: torch.Tensor, step: Step, *, causal: bool) -> Partial:
+        if step.chosen is not None:
+            k, v, _ = self.recall()
+            return step.chosen.attend(q, k, v, self.heads, step.options)
         return self._attend_before(q, step, self.recent.attend(q, step, causal=causal))
 
     def _attend_before(self, q: torch.Tensor, step: Step, out: Partial) -> Partial:
@@ -159,7 +177,10 @@ class Bulk(Lane):
             else:
                 out = merge(self.bulk.attend(q, step), out)
         if self.sinks.length:
-            out = merge(self.sinks.attend(q, step), out)
+            if self.reader is not None and self.bulk.length and q.shape[2] == 1:
+                out = merge(self.reader.before(q, self.sinks, step), out)
+            else:
+                out = merge(self.sinks.attend(q, step), out)
         for segment in self.shared:
             out = merge(segment.attend(q, step), out)
         return out
@@ -168,11 +189,15 @@ class Bulk(Lane):
         out = attend(q, k, v, causal=True, **step.options)
         if self.recent.length:
             out = merge(self.recent.attend(q, step), out)
-        return self._attend_before(q, step, out)
+        return self._attend_before(q, replace(step, start=step.start + k.shape[2] - q.shape[2]), out)
+
+    def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
+        out = self.recent.attend(q, step) if self.recent.length else blank(q)
+        return self._attend_before(q, replace(step, start=int(places[0])) if len(places) == 1 else step, out)
 
     def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
-        if q is None or not (self.finished and self._asks):
-            self._receive(k, v, step)
+        if q is None or not (self.finished and self._asks and (step.start or step.strict)):
+            self._receive(k, v, step, q)
         else:
             each = step.split([1] * k.shape[2])
             for row, key, value, now in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), each, strict=True):
@@ -183,7 +208,7 @@ class Bulk(Lane):
     @property
     def _asks(self) -> bool:
         """Do decode steps depend on their own queries?"""
-        return self.reader is not None and self.reader.cuts is not None
+        return self.reader is not None and self.reader.watches
 
     def branch(self) -> Bulk:
         """Full sinks and the bulk are shared, and recent entries too where no block leaves them."""
@@ -202,7 +227,7 @@ class Bulk(Lane):
         made.fits = False
         if isinstance(self.bulk, Coded):
             made.encodings = (self.bulk.key, self.bulk.value)
-        made.bulk, made.shared = made._fresh(), list(self.shared)
+        made.bulk, made.shared = made._fresh(), [copy.copy(shared) for shared in self.shared]
         parts = [self.recent] if self.block is None else [self.sinks, self.bulk] if self._lacking() == 0 else []
         first = 0
         for part in parts:
@@ -295,6 +320,11 @@ class Bulk(Lane):
 
     def entries(self) -> int:
         return self._ahead() + sum(segment.length for segment in self._segments())
+
+    @property
+    def listed(self) -> bool:
+        """Are all entries that came still there, in order?"""
+        return Bulk.entries(self) == self.fed
 
     def read_bytes(self) -> int:
         raw = sum(segment.read_bytes() for segment in self._everything() if segment is not self.bulk)

@@ -9,20 +9,31 @@ Shapes: B batch, K KV heads of this lane, H = K·G their query heads, T tokens o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvtool_kernels.precision import wider
+
+if TYPE_CHECKING:
+    from kvtool.cache.chosen import Chosen
+
 Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+def blank(q: torch.Tensor) -> Partial:
+    """The neutral element of the merge for q [B,H,T,D]: what attention to nothing puts out."""
+    return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=wider(q.dtype))
 
 
 @dataclass(frozen=True)
 class Step:
     """One call's circumstances. `start`: tokens seen before; `origin`: the position of the first of them that RoPE was
     given; `strict`: compression acts within prefill as it does in decode, so that a prompt's cut makes no difference.
-    `tokens` int64 [B,T]: their ids, where they are known.
+    `tokens` int64 [B,T]: their ids, where they are known. `chosen`: what queries read of a lane that holds everything,
+    where not all of it. `given`: attention over entries that other caches hold too, where it was computed for all.
     """
 
     start: int
@@ -31,12 +42,14 @@ class Step:
     strict: bool = False
     origin: int = 0
     tokens: torch.Tensor | None = None
+    chosen: Chosen | None = None
+    given: Mapping[Any, Partial] = field(default_factory=dict)
 
     def split(self, pieces: list[int]) -> list[Step]:
         """The circumstances of so many tokens each."""
-        if self.tokens is None:
-            return [self] * len(pieces)
-        return [replace(self, tokens=tokens) for tokens in self.tokens.split(pieces, 1)]
+        starts = [self.start + sum(pieces[:number]) for number in range(len(pieces))]
+        each = [None] * len(pieces) if self.tokens is None else self.tokens.split(pieces, 1)
+        return [replace(self, start=start, tokens=tokens) for start, tokens in zip(starts, each, strict=True)]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,10 +70,28 @@ class Lane(ABC):
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
         """Attend q [B,H,T,D] over the held entries and the new k, v [B,K,T,D], then keep what the policy keeps."""
 
+    def plain(self, step: Step) -> bool:
+        """Is this decode step attention over one pair of tensors, and nothing else? Then `enter`, that attention and
+        `leave` are `step`, so that lanes can be attended together."""
+        return False
+
+    def enter(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        """Take in k, v [B,K,1,D]; all entries that their query sees, k, v [B,K,S,D]."""
+        raise AssertionError("no plain lane")
+
+    def leave(self, q: torch.Tensor, step: Step) -> None:
+        """q [B,H,1,D] has attended: keep what the policy keeps."""
+        raise AssertionError("no plain lane")
+
     @abstractmethod
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
         """Attend q [B,H,T,D] over the held entries and k, v [B,K,N,D] that follow them, the last T of which are the
         queries' own, as if all N had been decoded; but nothing is kept, and nothing is encoded or evicted by score."""
+
+    @abstractmethod
+    def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
+        """Attend q [B,H,T,D] over the held entries alone, all of which come before the queries: these stand at `places`
+        int64 [T], counted as the lane counts its own tokens. Nothing is kept, encoded or evicted."""
 
     @abstractmethod
     def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:

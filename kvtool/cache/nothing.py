@@ -9,18 +9,20 @@ from collections.abc import Iterator
 
 import torch
 
-from kvtool.cache.lane import Lane, Partial, Step
-from kvtool_kernels.precision import wider
+from kvtool.cache.lane import Lane, Partial, Step, blank
 
 
 class Nothing(Lane):
     """All KV heads of a dropped layer (`Keep.dropped`)."""
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
-        return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=wider(q.dtype))
+        return blank(q)
 
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
-        return self.step(q, k, v, step)
+        return blank(q)
+
+    def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
+        return blank(q)
 
     def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
         """Nothing is kept."""

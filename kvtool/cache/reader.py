@@ -19,12 +19,18 @@ from dataclasses import dataclass
 import torch
 
 from kvtool.cache import tails
+from kvtool.cache.asking import Asking
 from kvtool.cache.board import Board, Post
+from kvtool.cache.choices import agreed, either, extended
+from kvtool.cache.credits import Credits
 from kvtool.cache.cuts import Cuts
+from kvtool.cache.indexes import _base as indexes
 from kvtool.cache.lane import Partial, Step
-from kvtool.cache.segments import Segment
+from kvtool.cache.places import Places
+from kvtool.cache.segments import Dense, Segment
 from kvtool.cache.summaries._base import Given
 from kvtool.cache.units import Units
+from kvtool.rotary import NONE, Rotary
 from kvtool.slots import Read
 from kvtool_kernels.ops import attend, merge
 from kvtool_kernels.precision import wide
@@ -32,12 +38,13 @@ from kvtool_kernels.precision import wide
 
 @dataclass(frozen=True)
 class Place:
-    """Whose reader it is: the part of the batch, the layer, the lane's KV heads; and the cache's board."""
+    """Whose reader it is: the part of the batch, the layer, the lane's KV heads, the cache's board, and RoPE."""
 
     part: int
     layer: int
     heads: tuple[int, ...]
     board: Board
+    rotary: Rotary = NONE
 
 
 class Reader:
@@ -49,12 +56,16 @@ class Reader:
         self.leader = spec.leader(place.layer)
         self.leads, self.follows = len(spec.followers(place.layer)), self.leader != place.layer
         self.slow = spec.slow and self.budget != 1.0
-        table = None if spec.table is None else spec.table[place.layer]
-        if table is not None and len(place.heads) != len(table):  # all heads need no copy
-            table = table[list(place.heads)]
+        table, usual = (None if x is None else _of(x[place.layer], place.heads) for x in (spec.table, spec.usual))
         self.units = Units(spec, Given(table, spec.rank, spec.bits))
         self.cuts = None if spec.cut is None else Cuts(spec, place.layer)
+        self.places = Places(spec, place.rotary)
+        self.credits = Credits(spec.recent) if hasattr(self.units.rule, "CREDITS") else None
+        makes = spec.bare or spec.query in ("together", "probe")
+        self.asking = Asking(spec, usual, self.places) if makes else None
+        self.joined = 0  # entries that have joined the bulk
         self.scores_itself = not self.follows or spec.tail != "drop"
+        self.index = indexes.made(spec, self.units) if self.scores_itself else None
         self.choice: torch.Tensor | None = None  # int64 [B,K,C,M], the last first; −1 where a chooser has fewer
         self.age: torch.Tensor | None = None  # steps since each choice, −1 before the first, int64 [B,K,C]
         self.young: torch.Tensor | None = None  # who read everything at the last step, bool [B,K], if only some did
@@ -65,26 +76,47 @@ class Reader:
         self.reads = self.asks = self.looks = 0  # steps; choosers in all of them, and those that chose anew
         self.group = 1  # query heads of a KV head
 
-    def receive(self, q: torch.Tensor | None, k: torch.Tensor, step: Step) -> None:
-        """Entries with keys k [B,K,T,D] have come, and q [B,H,T,D], where known, are their queries."""
+    @property
+    def watches(self) -> bool:
+        """Does it follow the queries of decode steps?"""
+        return any(part is not None for part in (self.cuts, self.credits, self.asking, self.index))
+
+    def receive(self, q: torch.Tensor | None, k: torch.Tensor, step: Step, recent: torch.Tensor | None = None) -> None:
+        """Entries with keys k [B,K,T,D] have come, the last of those that are recent [B,K,N,D], and q [B,H,≤T,D], where
+        known, are the queries of the last of them."""
+        if self.asking is not None:
+            self.asking.receive(q, k, step)
+        if self.credits is not None:
+            self.credits.receive(q, k, k if recent is None else recent, step)
         if self.cuts is not None:
             self.cuts.receive(q, k, step)
+        if self.index is not None:
+            self.index.receive(q, k, step)
 
     def take(self, index: torch.Tensor) -> None:
         """Of the entries that came, all of them recent, only index int64 [B,K,N] are still there."""
         if self.cuts is not None:
             self.cuts.take(index)
+        if self.credits is not None:
+            self.credits.take(index)
 
     def skip(self, count: int) -> None:
         """The oldest `count` recent entries will not join the bulk."""
         if self.cuts is not None:
             self.cuts.leave(count)
+        if self.credits is not None:
+            self.credits.leave(count)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Entries k, v [B,K,S,D], S a multiple of the unit, are about to join the bulk."""
         runs = None if self.cuts is None else self.cuts.leave(k.shape[2])
+        credit = None if self.credits is None else self.credits.leave(k.shape[2])
+        first, self.joined = self.joined, self.joined + k.shape[2]
         if self.scores_itself:
-            self.units.append(k, v, runs)
+            bare = self.places.bare(k, self.places.of(first, self.joined)) if self.spec.bare else k
+            self.units.append(bare, v, runs, credit)
+        if self.index is not None:
+            self.index.append(k)
 
     def count(self, bulk: Segment) -> int:
         """Elements that a chooser reads of this bulk."""
@@ -114,10 +146,17 @@ class Reader:
         if self.whole:
             self.fetched = ()
             return bulk.attend(q, step)
-        out = self._over(grouped, bulk, step, changed=changed)
+        out = self._over(self.places.query(grouped[..., None, :], step)[..., 0, :], bulk, step, changed=changed)
         if scores is not None:
             out = merge(out, self._tail(out, scores, bulk, step))
         return out[0].flatten(1, 2)[:, :, None], out[1].flatten(1, 2)[:, :, None]
+
+    def before(self, q: torch.Tensor, sinks: Segment, step: Step) -> Partial:
+        """Attend q [B,H,1,D], which has just attended over the bulk, over the sinks."""
+        if self.spec.positions == "original" or self.whole or self.choice is None:
+            return sinks.attend(q, step)
+        unread = self.known - (self._read(self.known) >= 0).sum(-1)
+        return self.places.before(q, sinks, unread * self.units.grain, step)
 
     # who chooses anew, by which scores
 
@@ -129,6 +168,10 @@ class Reader:
         if bool(due.any()):
             if self.cuts is not None and self.spec.query == "run":
                 scores = self.units.scores(self.cuts.mean(q), bulk)
+            if self.asking is not None:
+                scores = self.units.scores(self.asking.query(q, step), bulk)
+            if self.index is not None:
+                scores = self.index.scores(q, bulk, self.count(bulk), lambda units: self._ranked(units, step))
             scores = self.units.scores(q, bulk) if scores is None else scores
             ranked = self.units.elements(self.units.apart(self._ranked(scores, step)))
             if self.spec.jump is not None:
@@ -158,17 +201,13 @@ class Reader:
             due = due | (cosine.unflatten(2, (choosers, -1)).mean(-1) < self.spec.jump)
         if self.spec.renew and self.cuts is not None:
             due = due | self.cuts.due(self.young)[..., None]
+        if self.asking is not None and self.asking.fresh:
+            due, self.asking.fresh = torch.ones_like(due), False
         return due if self.young is None else due & ~self.young[..., None]
 
     def _ranked(self, scores: torch.Tensor, step: Step) -> torch.Tensor:
         """Scores [B,K,G,U] per query head → [B,K,C,U] per chooser."""
-        if self.spec.softmax:
-            scores = torch.softmax(tails.capped(scores, step), -1)
-        if self.spec.heads == "each":
-            return scores
-        if self.spec.heads == "max":
-            return scores.amax(2, keepdim=True)
-        return scores.mean(2, keepdim=True) if self.spec.heads == "mean" else scores.sum(2, keepdim=True)
+        return agreed(scores, self.spec, self.units.squares() if self.spec.cosine else None, step)
 
     # the choice, and attention over it
 
@@ -178,14 +217,14 @@ class Reader:
         self._grow_older(due)
         if ranked is None:
             assert self.choice is not None
-            self.choice = _extended(self.choice, grown)
+            self.choice = extended(self.choice, grown)
             return len(grown) > 0
         fresh = self.units.best(ranked, count)
         if bool(due.all()):
             self.choice = fresh
             return True
-        old = fresh[..., :0] if self.choice is None else _extended(self.choice, grown)
-        choice = _either(due, fresh, old)
+        old = fresh[..., :0] if self.choice is None else extended(self.choice, grown)
+        choice = either(due, fresh, old)
         self.choice = choice[..., : int((choice >= 0).sum(-1).max())].clone()
         return True
 
@@ -203,14 +242,19 @@ class Reader:
             return self.choice
         young = self.young[..., None].expand(self.choice.shape[:3])
         everything = torch.arange(entries, device=young.device).flip(0).expand(*young.shape, -1)
-        return _either(young, everything, self.choice)
+        return either(young, everything, self.choice)
 
     def _over(self, q: torch.Tensor, bulk: Segment, step: Step, *, changed: bool) -> Partial:
         """q [B,K,G,D] over the choice → [B,K,G,D], [B,K,G]; choosers are rows of a batch with one KV head each."""
         read = self._read(bulk.length // self.units.grain)
         batch, kv_heads, choosers, _ = read.shape
+        placed = self.spec.positions == "original"
+        if choosers == 1 and placed and self.units.rarest is None and isinstance(bulk, Dense) and bulk.in_place():
+            out, lse = bulk.attend_units(q.flatten(1, 2)[:, :, None], read[:, :, 0], self.units.grain, step)
+            return out.reshape(q.shape), lse.reshape(q.shape[:3])
         if changed or self.young is not None or not self.fetched:
-            self.fetched = self.units.restored(read, bulk.gather(read.clamp_min(0).flatten(2), self.units.grain))
+            k, v = self.units.restored(read, bulk.gather(read.clamp_min(0).flatten(2), self.units.grain))
+            self.fetched = (self.places.keys(k, read, self.units.grain, bulk.length), v)
         k, v = (x.reshape(batch * kv_heads * choosers, 1, -1, x.shape[-1]) for x in self.fetched)
         if not self.slow or self.spec.period == 1 or self.young is not None:
             self.fetched = ()
@@ -243,6 +287,7 @@ class Reader:
         looked = 0
         if self.scores_itself and (not whole or self.leads):
             looked = self.units.looked_bytes(bulk, self.group, whole=whole)
+            looked = looked if self.index is None or whole else self.index.looked_bytes(bulk)
             if self.spec.tail == "drop" and self.asks:
                 looked = looked * self.looks // self.asks
         if whole:
@@ -265,30 +310,28 @@ class Reader:
     def buffers(self) -> Iterator[torch.Tensor]:
         yield from self.units.buffers()
         yield from self.fetched
-        if self.cuts is not None:
-            yield from self.cuts.buffers()
+        if self.index is not None:
+            yield from self.index.buffers()
+        for part in (self.cuts, self.credits, self.asking):
+            if part is not None:
+                yield from part.buffers()
         for held in (self.choice, self.age, self.asked, self.young):
             if held is not None:
                 yield held
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.units.reorder(rows)
-        if self.cuts is not None:
-            self.cuts.reorder(rows)
+        if self.index is not None:
+            self.index.reorder(rows)
+        for part in (self.cuts, self.credits, self.asking):
+            if part is not None:
+                part.reorder(rows)
         self.fetched = tuple(part[rows] for part in self.fetched)
         for name in ("choice", "age", "asked", "young"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held[rows])
 
 
-def _either(which: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Choices a where `which` bool [B,K,C], else b, filled up with −1."""
-    width = max(a.shape[3], b.shape[3])
-    a, b = (torch.nn.functional.pad(x, (0, width - x.shape[3]), value=-1) for x in (a, b))
-    return torch.where(which[..., None], a, b)
-
-
-def _extended(choice: torch.Tensor, grown: range) -> torch.Tensor:
-    """The elements `grown` before choice int64 [B,K,C,M]."""
-    new = torch.tensor(grown, device=choice.device).flip(0)
-    return torch.cat([new.expand(*choice.shape[:3], -1), choice], dim=3) if len(grown) else choice
+def _of(x: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+    """Of x [K,...] the part of some KV heads; all need no copy."""
+    return x if len(heads) == len(x) else x[list(heads)]

@@ -16,9 +16,11 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvtool import conflicts
+from kvtool.cache.asking import recorded
 from kvtool.cache.board import Board
-from kvtool.cache.build import lanes, per_row
+from kvtool.cache.build import lanes, per_row, sparse
 from kvtool.cache.lane import Lane
+from kvtool.cache.passes import answer
 from kvtool.cache.rebuild import rebuild
 from kvtool.cache.segment_layer import SegmentLayer
 from kvtool.cache.selection import select
@@ -57,6 +59,7 @@ class SegmentCache(Cache):
         self.protocol: Protocol = protocol
         self.geometry = model.geometry
         self.plan, self.network, self.prompt_length = plan, model.network, prompt_length
+        self.told: torch.Tensor | None = None
         if prefix is not None:
             self._check(prefix)
         elif plan is not None:
@@ -90,7 +93,8 @@ class SegmentCache(Cache):
                 by_row=per_row(plan),
                 finish=self.finish,
                 filled=lambda layer: self._filled(layer, prompt_length),
-                done=board.tables.clear if index == model.geometry.layers - 1 else lambda: None,
+                done=board.clear if index == model.geometry.layers - 1 else lambda: None,
+                sparse=sparse(model, plan, index, prompt_length, board),
             )
             for index in range(model.geometry.layers)
         ]
@@ -125,7 +129,7 @@ class SegmentCache(Cache):
         return all(layer.single for layer in self.segments)
 
     def reset(self) -> None:
-        self.finished = not self._waits
+        self.finished, self.told = not self._waits, None
         super().reset()
 
     @property
@@ -146,11 +150,21 @@ class SegmentCache(Cache):
             return
         self.finished = True
         if self._spec is not None:
-            if self._spec.observe == "rebuild":
-                rebuild(self.network, self.segments)
+            self.look_again()
             select(self._spec, self.segments)
         for layer in self.segments:
             layer.settle()
+
+    def tell(self, tokens: torch.Tensor) -> None:
+        """What will follow the prompt, int64 [B,A], for plans that keep what it looks at; others do not care."""
+        self.told = tokens.to(self.network.device)
+
+    def look_again(self) -> None:
+        """Let the selection's queries score the prompt that is in, if they come in a pass of their own."""
+        if self._spec is not None and self._spec.observe == "rebuild":
+            rebuild(self.network, self.segments)
+        if self._spec is not None and self._spec.observe == "answer":
+            answer(self.network, self.segments, self.told)
 
     def _filled(self, layer: SegmentLayer, prompt_length: int | None) -> None:
         """The whole prompt is in one layer, the next ones to come: what its own scores select is selected now, so that
@@ -160,7 +174,7 @@ class SegmentCache(Cache):
         spec = self._spec
         if spec is None:
             layer.settle()
-        elif spec.rule("spread").LEVEL != "model" and spec.observe != "rebuild":  # which runs all layers again
+        elif spec.rule("spread").LEVEL != "model" and not spec.on_trial:  # which runs all layers again
             select(spec, [layer])
 
     def insert(self, entries: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -186,7 +200,7 @@ class SegmentCache(Cache):
         """Start from a prompt (unpadded) that the full cache `full` was fed at once.
 
         The result is the same as feeding this cache, as long as prefill is dense: under the official protocol, and a
-        plan that drops no layer.
+        plan that says so.
         """
         if self.protocol != "official":
             raise InputError("a strict cache must see its own prefill")
@@ -197,7 +211,14 @@ class SegmentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held: the sum over every buffer of every lane, slack included, and what was inserted."""
-        return sum(buffer.nbytes for lane in self._all() for buffer in lane.buffers()) + self._inserted
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        """Every tensor held."""
+        for lane in self._all():
+            yield from lane.buffers()
+        for layer in self.segments:
+            yield from layer.inserted
 
     @property
     def read_bytes(self) -> int:
@@ -229,7 +250,10 @@ class SegmentCache(Cache):
         return torch.tensor(rows)
 
     def _all(self) -> Iterator[Lane]:
-        return (lane for layer in self.segments for lane in layer.lanes())
+        for layer in self.segments:
+            yield from layer.lanes()
+            if layer.contexts is not None:
+                yield from layer.contexts.lanes()
 
 
 def _records(plan: Plan) -> list[int]:
@@ -237,12 +261,13 @@ def _records(plan: Plan) -> list[int]:
     spec = plan.keep.select if plan.keep is not None else None
     tokens = plan.read is not None and plan.read.cut == "tokens"
     fitted = 0 if plan.store is None else plan.store.observed
-    return [int(tokens), 0 if spec is None else _recorded(spec), fitted]
+    asked = 0 if plan.read is None else recorded(plan.read)
+    return [int(tokens), asked, 0 if spec is None else _recorded(spec), fitted]
 
 
 def _recorded(spec: Select) -> int:
     """How many of a prompt's newest queries a selection looks at; −1 all."""
-    if spec.observe == "rebuild":  # only the tokens matter
+    if spec.on_trial:  # only the tokens matter
         return 1
     few = spec.observe == "last" and spec.observed >= 1 and spec.rule("score").SEES != "own"
     return int(spec.observed) if few else -1

@@ -6,15 +6,19 @@ of their own, so that what is held never contains padding. It knows lanes, not p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from kvtool.cache.bulk import Bulk
+from kvtool.cache.contexts import Contexts
 from kvtool.cache.lane import Lane, Partial, Step
+from kvtool.cache.sparse import Sparse
 from kvtool.errors import InputError
 from kvtool.serving import Attention, Layer
-from kvtool_kernels.ops import attend, merge
+from kvtool_kernels.ops import attend, attend_ragged, merge
 from kvtool_kernels.precision import wider
 
 
@@ -29,6 +33,8 @@ class Part:
         self.fed += k.shape[2]
         if len(self.lanes) == 1:
             return self.lanes[0].step(q, k, v, step)
+        if q.shape[2] == 1 and all(lane.plain(step) for lane in self.lanes):
+            return self._at_once(q, k, v, step)
         return self._by_lane(q, lambda lane, part: lane.step(part, k[:, lane.at], v[:, lane.at], step))
 
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step):
@@ -37,12 +43,34 @@ class Part:
             return self.lanes[0].trial(q, k, v, step)
         return self._by_lane(q, lambda lane, part: lane.trial(part, k[:, lane.at], v[:, lane.at], step))
 
+    def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
+        """As `Lane.over`, for all heads of the layer."""
+        if len(self.lanes) == 1:
+            return self.lanes[0].over(q, places, step)
+        return self._by_lane(q, lambda lane, part: lane.over(part, places, step))
+
     def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """As `Lane.absorb`, for all heads of the layer."""
         self.fed += k.shape[2]
         grouped = q.unflatten(1, (k.shape[1], -1))
         for lane in self.lanes:
             lane.absorb(k[:, lane.at], v[:, lane.at], step, grouped[:, lane.at].flatten(1, 2))
+
+    def _at_once(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        """A decode step in which all lanes are attended together, as ragged heads: one call, work in equal shares."""
+        grouped = q.unflatten(1, (k.shape[1], -1))
+        pairs = [lane.enter(k[:, lane.at], v[:, lane.at], step) for lane in self.lanes]
+        order = [head for lane in self.lanes for head in lane.heads]
+        moved = order != sorted(order)
+        rows = grouped[:, order].flatten(1, 2) if moved else q
+        out, lse = attend_ragged(rows, [k for k, _ in pairs], [v for _, v in pairs], **step.options)
+        for lane in self.lanes:
+            lane.leave(grouped[:, lane.at].flatten(1, 2), step)
+        if not moved:
+            return out, lse
+        back = sorted(range(len(order)), key=order.__getitem__)
+        shape = (len(order), -1)
+        return out.unflatten(1, shape)[:, back].flatten(1, 2), lse.unflatten(1, shape)[:, back].flatten(1, 2)
 
     def _by_lane(self, q: torch.Tensor, work: Callable[[Lane, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]):
         batch, heads, tokens, width = q.shape
@@ -69,22 +97,28 @@ class SegmentLayer(Layer):
         finish: Callable[[], None],
         filled: Callable[[SegmentLayer], None],
         done: Callable[[], None],
+        sparse: Sparse | None = None,
     ):
         super().__init__()
         self.make, self.strict, self.by_row, self.finish, self.filled = make, strict, by_row, finish, filled
         self.done = done  # told of each attention's end
+        self.sparse = sparse  # chooses what a prompt's queries read
         self.parts: list[Part] = []
         self.columns = 0
         self.prefix = 0  # columns that all rows share
         self.inserted: list[torch.Tensor] = []  # k, v [B,K,n,D] of no token
+        self.contexts: Contexts | None = None  # what other caches hold, before all that is fed
         self.scale = 1.0
         self.softcap: float | None = None
+        self.given: Mapping[Any, Partial] = {}  # attention over shared entries, where this call brings it
         self.record = 0  # how many of the newest queries to keep for caches that adopt this one; −1 all
         self.queries: list[torch.Tensor] = []
         self.tokens: list[torch.Tensor] = []  # all that were fed, where queries are recorded
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        self.scale, self.softcap = call.scale, call.softcap
+        self.scale, self.softcap, self.given = call.scale, call.softcap, call.given
+        if self.contexts is not None and call.padding is not None and not bool(call.padding.all()):
+            raise InputError("what follows documents cannot be padded", remedy="feed equal lengths together")
         if self.prefix:
             self._widen(len(q), call)
         elif sum(len(part.rows) for part in self.parts) < len(q):
@@ -95,19 +129,29 @@ class SegmentLayer(Layer):
             self._remember(q, call.tokens)
         start, self.columns = self.columns, self.columns + k.shape[2]
         if len(self.parts) == 1 and self.parts[0].rows == list(range(len(q))) and not self.parts[0].padding:
-            out, lse = self.parts[0].step(q, k, v, self._step(self.parts[0], call.tokens))
+            out, lse = self._fed(0, q, k, v, call.tokens)
         else:
             out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wider(q.dtype))
-            for part in self.parts:
+            for number, part in enumerate(self.parts):
                 skip = max(0, part.padding - start)
                 if skip < q.shape[2]:
                     at = (part.rows, slice(None), slice(skip, None))
                     tokens = None if call.tokens is None else call.tokens[part.rows][:, skip:]
-                    out[at], lse[at] = part.step(q[at], k[at], v[at], self._step(part, tokens))
+                    out[at], lse[at] = self._fed(number, q[at], k[at], v[at], tokens)
         if start == 0:
             self.filled(self)
         self.done()
-        return _with_sink_logits(*self._beside(q, (out, lse), self.inserted), call)
+        return _with_sink_logits(*self._beside(q, (out, lse), self.inserted, start), call)
+
+    def _fed(
+        self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor | None
+    ) -> Partial:
+        """As `Part.step`, of one of the parts."""
+        part = self.parts[number]
+        step = self._step(part, tokens, self.given)
+        if self.sparse is not None:
+            step = replace(step, chosen=self.sparse.choose((number, part.padding), part.lanes, q, k, step))
+        return part.step(q, k, v, step)
 
     def trial(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention, number: int = 0
@@ -117,15 +161,19 @@ class SegmentLayer(Layer):
         part = self.parts[number]
         out = part.trial(q, k, v, self._step(part))
         self.done()
-        return _with_sink_logits(*self._beside(q, out, [x[part.rows] for x in self.inserted]), call)
+        start = part.fed + k.shape[2] - q.shape[2]
+        return _with_sink_logits(*self._beside(q, out, [x[part.rows] for x in self.inserted], start), call)
 
     def insert(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Entries k, v [B,K,n,D] of no token: every query from now on sees all of them."""
         held = self.inserted or [k[:, :, :0], v[:, :, :0]]
         self.inserted = [torch.cat(pair, dim=2) for pair in zip(held, (k, v), strict=True)]
 
-    def _beside(self, q: torch.Tensor, out: Partial, inserted: list[torch.Tensor]) -> Partial:
-        """`out`, merged with attention over inserted entries."""
+    def _beside(self, q: torch.Tensor, out: Partial, inserted: list[torch.Tensor], start: int) -> Partial:
+        """`out`, merged with attention over inserted entries and over what other caches hold; `start` tokens were fed
+        before the first query."""
+        if self.contexts is not None:
+            out = self.contexts.beside(q, out, start, self.scale, self.softcap)
         return merge(out, attend(q, *inserted, scale=self.scale, softcap=self.softcap)) if inserted else out
 
     def absorb(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
@@ -152,8 +200,15 @@ class SegmentLayer(Layer):
         """Is one row held, without padding?"""
         return len(self.parts) == 1 and self.parts[0].rows == [0] and not self.parts[0].padding
 
-    def _step(self, part: Part, tokens: torch.Tensor | None = None) -> Step:
-        return Step(part.fed, self.scale, self.softcap, self.strict, part.origin, tokens)
+    @property
+    def place(self) -> int:
+        """The position of the token that comes next."""
+        if self.parts:
+            return self.parts[0].origin + self.columns
+        return 0 if self.contexts is None else self.contexts.start
+
+    def _step(self, part: Part, tokens: torch.Tensor | None = None, given: Mapping[Any, Partial] | None = None) -> Step:
+        return Step(part.fed, self.scale, self.softcap, self.strict, part.origin, tokens, given=given or {})
 
     def _admit(self, batch: int, end: int, call: Attention | None = None) -> None:
         """Give rows whose first token has come a part: rows with equal padding share one, unless `by_row`."""
@@ -205,10 +260,11 @@ class SegmentLayer(Layer):
             own = None if tokens is None else tokens[part.rows]
             now = Step(first, self.scale, self.softcap, origin=part.origin, tokens=own)
             for lane in part.lanes:
-                lane.absorb(k[part.rows][:, lane.heads], v[part.rows][:, lane.heads], now)
-                if isinstance(lane, Bulk) and other.queries:
-                    q = torch.cat(other.queries, dim=2)[part.rows]
-                    lane.look(q.unflatten(1, (k.shape[1], -1))[:, lane.heads].flatten(1, 2), now)
+                q = torch.cat(other.queries, dim=2)[part.rows] if other.queries else None
+                q = None if q is None else q.unflatten(1, (k.shape[1], -1))[:, lane.heads].flatten(1, 2)
+                lane.absorb(k[part.rows][:, lane.heads], v[part.rows][:, lane.heads], now, q)
+                if isinstance(lane, Bulk) and q is not None:
+                    lane.look(q, now)
             part.fed = other.columns
         self.columns = other.columns
 
@@ -218,7 +274,7 @@ class SegmentLayer(Layer):
         part = Part([0], 0, [lane.branch() for lane in theirs.lanes])
         part.fed, part.origin = theirs.fed, theirs.origin
         self.parts, self.columns, self.prefix = [part], other.columns, other.columns
-        self.inserted = list(other.inserted)
+        self.inserted, self.contexts = list(other.inserted), other.contexts
         self.scale, self.softcap = other.scale, other.softcap
 
     def lanes(self) -> Iterator[Lane]:
@@ -227,6 +283,7 @@ class SegmentLayer(Layer):
 
     def reset(self) -> None:
         self.columns, self.prefix, self.parts, self.queries, self.tokens, self.inserted = 0, 0, [], [], [], []
+        self.contexts = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._take(beam_idx)

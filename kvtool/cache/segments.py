@@ -16,7 +16,7 @@ import torch
 
 from kvtool.cache.closing import close_up, closes
 from kvtool.cache.lane import Partial, Step
-from kvtool_kernels.ops import attend, attend_scored
+from kvtool_kernels.ops import attend, attend_scored, attend_selected
 
 GROWTH = 64  # entries by which a dense buffer grows: the slack that is held but not yet used
 HOST = torch.device("cpu")
@@ -50,6 +50,10 @@ class Segment(ABC):
     @abstractmethod
     def keys(self, low: int = 0, high: int | None = None) -> torch.Tensor:
         """Only the keys of `recall`."""
+
+    def home(self) -> torch.Tensor:
+        """All keys, where they live if that can be: for what looks at them there."""
+        return self.keys()
 
     @abstractmethod
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,6 +144,10 @@ class Dense(Segment):
         assert self.k is not None
         return self._fetch(self.k[:, :, low : self.length if high is None else high])
 
+    def home(self) -> torch.Tensor:
+        assert self.k is not None
+        return self.k[:, :, : self.length]
+
     def pop(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the first `count` entries out; their memory is given back."""
         k, v = self.recall(0, count)
@@ -188,6 +196,17 @@ class Dense(Segment):
         assert self.v is not None
         units = units.to(self.k.device)
         return self._fetch(_rows(self.k, units, unit)), self._fetch(_rows(self.v, units, unit))
+
+    def in_place(self) -> bool:
+        """Does attention over a few entries read them where they lie, instead of a copy?"""
+        return self.k is not None and self.k.is_cuda and not self.slow and self.weight is None
+
+    def attend_units(self, q: torch.Tensor, units: torch.Tensor, unit: int, step: Step) -> Partial:
+        """Attend q [B,H,1,D] over the entries of units int64 [B,K,M], in place; −1 is none."""
+        assert self.k is not None
+        assert self.v is not None
+        listed = torch.where((units < 0).repeat_interleave(unit, 2), -1, entries_of(units, unit)).int()
+        return attend_selected(q, self.k, self.v, listed, **step.options)
 
     def buffers(self) -> Iterator[torch.Tensor]:
         if self.k is not None and self.v is not None:

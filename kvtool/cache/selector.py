@@ -26,6 +26,13 @@ PROBED = 0.05  # share of the newest queries, and of the others, that "probes" l
 Tags = dict[str, torch.Tensor]
 
 
+def probes(queries: int, seed: int) -> torch.Tensor:
+    """Which of so many queries are probes: the newest, and a seeded draw of the others; int64, ascending."""
+    count = max(1, round(PROBED * queries))
+    others = torch.randperm(queries - count, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.cat([others.sort().values, torch.arange(queries - count, queries)])
+
+
 class Selector:
     """`budget`: of each of the lane's heads, as in `Select`; `layer` and `heads` say where they are.
 
@@ -59,7 +66,7 @@ class Selector:
         the entries that end with the queries' own."""
         if self.rule.SEES == "own":
             self._score_own(q, k, v, step, tags)
-        if self.rule.SEES != "queries" or self.spec.observe == "rebuild" or self._idle:
+        if self.rule.SEES != "queries" or self.spec.on_trial or self._idle:
             q, start = q[:, :, :0], start + q.shape[2]
         most = self._most()
         if most is not None:
@@ -96,7 +103,7 @@ class Selector:
 
     def credit(self, view: View, entries: slice) -> None:
         """Score some entries in view, once and for all; they are the next of those held."""
-        new = self._reduced(self.rule.score(view))[:, :, entries]
+        new = self._reduced(self.rule.score(view)[:, :, entries])
         self.running = new if self.running is None else torch.cat([self.running, new], dim=2)
 
     def _observed(self, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,9 +120,7 @@ class Selector:
         if most is not None:
             q, rows = q[:, :, -most:], rows[-most:]
         elif self.spec.observe == "probes" and len(rows):
-            count = max(1, round(PROBED * len(rows)))
-            others = torch.randperm(len(rows) - count, generator=torch.Generator().manual_seed(self.spec.seed))[:count]
-            chosen = torch.cat([others.sort().values, torch.arange(len(rows) - count, len(rows))])
+            chosen = probes(len(rows), self.spec.seed)
             q, rows = q[:, :, chosen.to(q.device)], rows[chosen]
         return q, rows.to(q.device)
 
@@ -135,7 +140,7 @@ class Selector:
         """Scores of the entries in view per KV head, [B,K,S], old scores included."""
         if self._idle:
             return torch.zeros(1, device=view.k.device).expand(view.k.shape[:3])
-        if self.rule.SEES == "own" or self.spec.observe == "rebuild":
+        if self.rule.SEES == "own" or self.spec.on_trial:
             assert self.running is not None
             new = self.running
         else:

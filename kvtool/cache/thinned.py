@@ -61,6 +61,10 @@ class Thinned(Bulk):
     def _most(self) -> int | None:
         return self.selector.most(self.fed) if self.finished and self.stepping else None
 
+    def plain(self, step: Step) -> bool:
+        rest = self.rest is not None and self.rest.length
+        return not rest and not (self.stepping and self.selector.asks) and super().plain(step)
+
     def _attend(self, q: torch.Tensor, step: Step, *, causal: bool) -> Partial:
         if not (self.finished and self.stepping and q.shape[2] == 1 and self.selector.asks):
             return super()._attend(q, step, causal=causal)
@@ -170,6 +174,7 @@ class Thinned(Bulk):
             self.reader.take(index)
         wanted = selector.spec.when != "prefill" and "positions" in selector.needs
         wanted |= key is not None and not key.rotated
+        wanted |= self.reader is not None and self.reader.places.wanted
         if self.reindex and self.rotary is not None:
             source = index + self.fed - held + self.origin
             target = torch.arange(self.fed - index.shape[2], self.fed, device=index.device).expand_as(index)

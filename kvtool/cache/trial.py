@@ -1,8 +1,8 @@
 """Tokens on trial: a transformers cache over a `SegmentCache` that reads what is held and keeps nothing.
 
 The network runs over it as over any cache; what it is fed stands in scratch, dense, after everything that the cache
-holds. `drop` forgets it, and `keep` gives its first tokens to caches, as if they had been decoded there. So nothing
-that was held, evicted or encoded is ever rolled back.
+holds. `drop` forgets it, `cut` its last tokens, and `keep` gives its first tokens to caches, as if they had been
+decoded there. So nothing that was held, evicted or encoded is ever rolled back.
 
 Attention over the held entries and the scratch is that of decode steps (see `Lane.trial`): exact where entries are
 held as they came, windows included, and the full cache's therefore; blocks of a store move, and scores evict, once
@@ -52,8 +52,13 @@ class Trial(Cache):
 
     def drop(self) -> None:
         """Forget the tokens on trial."""
+        self.cut(0)
+
+    def cut(self, count: int) -> None:
+        """Forget all but the first `count` tokens on trial."""
         for layer in self.trials:
-            layer.scratch, layer.tokens = [], []
+            layer.scratch = [x[:, :, :count] for x in layer.scratch] if count else []
+            layer.tokens = [torch.cat(layer.tokens, dim=1)[:, :count]] if count and layer.tokens else []
 
     def keep(self, count: int, *caches: SegmentCache) -> None:
         """The first `count` tokens on trial are kept by these caches; the others are forgotten."""

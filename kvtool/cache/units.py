@@ -34,6 +34,9 @@ class Units:
         if spec.form != "page" and not hasattr(self.rule, "pooled"):
             raise InputError(f"the summary {spec.summary!r} cannot stand for a {spec.form}",
                              remedy="use mean or root-mean")  # fmt: skip
+        if (spec.bare and hasattr(self.rule, "share")) or (spec.cosine and not hasattr(self.rule, "squares")):
+            raise InputError(f"the summary {spec.summary!r} is no vector to compare before RoPE or by its direction",
+                             remedy="use mean or attended")  # fmt: skip
         if spec.tail == "estimate" and not self.rule.LOGIT:
             raise InputError(f"the summary {spec.summary!r} does not estimate a logit", remedy="use mean")
         self.grain = spec.unit if spec.form == "page" else 1  # entries that one element of a choice stands for
@@ -49,9 +52,11 @@ class Units:
         self.raw: tuple[torch.Tensor, ...] = ()  # their keys and values [B,K,N,unit,D]
         self.width = 0
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, runs: torch.Tensor | None = None) -> None:
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, runs: torch.Tensor | None = None, credit: torch.Tensor | None = None
+    ) -> None:
         """Entries k, v [B,K,S,D], S a multiple of the unit, are about to join the bulk; runs int32 [B,K,S] are their
-        numbers, where there is a cut."""
+        numbers, where there is a cut, and credit [B,K,S] what they were attended, where the summary wants to know."""
         self.width = k.shape[3]
         if self.given.table is not None and self.given.table.device != k.device:
             self.given = replace(self.given, table=self.given.table.to(k.device))
@@ -60,7 +65,8 @@ class Units:
             self.total = sums if self.total is None else self.total + sums
         if self.spec.form == "page":
             keys = k.unflatten(2, (-1, self.spec.unit))
-            self._extend(self.rule.summarise(keys, self.given))
+            told = credit if credit is None else credit.unflatten(2, (-1, self.spec.unit))
+            self._extend(self.rule.summarise(keys, replace(self.given, credit=told)))
             if self.spec.tail == "estimate":
                 self.values = _joined(self.values, wide(v.unflatten(2, (-1, self.spec.unit))).mean(3).to(v.dtype))
             if self.spec.outliers:
@@ -133,6 +139,10 @@ class Units:
         parts = self.parts if self.means is None else self.rule.pooled(self.means, self.sizes)
         scores = self.rule.score(q, parts, self.given)
         return scores if self.sizes is None else scores.masked_fill(self.sizes[:, :, None] == 0, float("-inf"))
+
+    def squares(self) -> torch.Tensor:
+        """Squared lengths of what stands for the units, [B,K,U]."""
+        return self.rule.squares(self.parts if self.means is None else self.rule.pooled(self.means, self.sizes))
 
     def elements(self, ranked: torch.Tensor) -> torch.Tensor:
         """Scores of units [B,K,C,U] → of what a choice is made of, [B,K,C,N]."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from kvtool.cache.lane import Lane, Partial, Step
+from kvtool.cache.lane import Lane, Partial, Step, blank
 from kvtool.cache.mean import Mean
 from kvtool.cache.segments import GROWTH, grown
 from kvtool.rotary import Rotary
@@ -56,6 +56,12 @@ class Window(Lane):
     # one token: overwrite the entry that leaves the window, then attend over all slots
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        return self._over(q, *self.enter(k, v, step), step.start, step)
+
+    def plain(self, step: Step) -> bool:
+        return self.mean is None and self.reindex is None and step.start > 0
+
+    def enter(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
         position = step.start
         used = self._reserve(k, position + 1)
         slot = self._slot(position)
@@ -64,7 +70,11 @@ class Window(Lane):
             self.mean.fold(keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1])
         keys[:, :, slot] = k[:, :, 0]
         values[:, :, slot] = v[:, :, 0]
-        return self._over(q, keys[:, :, :used], values[:, :, :used], position, step)
+        self.fed = position + 1
+        return keys[:, :, :used], values[:, :, :used]
+
+    def leave(self, q: torch.Tensor, step: Step) -> None:
+        """What left the window is overwritten already."""
 
     def _over(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int, step: Step) -> Partial:
         """Attend over slots that are all visible; with `reindex` sinks are met as if from slot S + R − 1 at most."""
@@ -86,6 +96,17 @@ class Window(Lane):
         if missing:
             sinks = torch.cat([sinks[0], k[:, :, :missing]], dim=2), torch.cat([sinks[1], v[:, :, :missing]], dim=2)
         return self._windowed(q, near_k, near_v, first, self.recent, sinks, replace(step, strict=True))
+
+    def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
+        if not self.fed:
+            return blank(q)
+        if self.model_window is None:  # what was dropped is the nearest, wherever the queries stand
+            used = min(self.fed, self.sink + self.recent)
+            keys, values = self._held()
+            return self._over(q, keys[:, :, :used], values[:, :, :used], self.fed - 1, step)
+        k, v, first = self.recall()
+        own = torch.arange(first, first + k.shape[2], device=q.device)
+        return attend(q, k, v, bias=_hide(own <= places[:, None] - self.model_window), **step.options)
 
     # many tokens: [sinks] and [recent entries in order, then the chunk], a block of query rows at a time
 

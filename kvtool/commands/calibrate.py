@@ -33,8 +33,8 @@ def run(
         seen.need(*needed)
         if needed and not seen.complete:
             note(f"note: the profile of {source} was interrupted; profile --resume would complete it")
-    model = load(model_name, dtype=dtype, device=device) if seen is None or module.MODEL else None
-    if seen is None and needed and model is not None:
+    model = load(model_name, dtype=dtype, device=device) if seen is None else None
+    if needed and model is not None:
         seen = _profiled(model, model_name, needed, seed)
     state = None if output == "-" or files.is_stream(Path(output)) else Path(f"{output}.part")
     if state is not None and not resume:
@@ -44,6 +44,7 @@ def run(
             plan = calibrate(
                 name, values, model=model, trace=seen, seed=seed, state=state,
                 progress=lambda done, total, text: advance(text, done=done, total=total),
+                load=lambda: load(model_name, dtype=dtype, device=device),
             )  # fmt: skip
     except KeyboardInterrupt:
         if state is not None and state.exists():

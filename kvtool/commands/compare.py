@@ -25,6 +25,7 @@ from kvtool.compare.prompts import ASKS, Prompt, chosen, prompts
 from kvtool.compare.run import Race, Rules
 from kvtool.errors import InputError, unknown
 from kvtool.model import Model, load
+from kvtool.replay.verdict import task
 from kvtool.trace import Trace, statistic
 
 DPI = 160
@@ -201,7 +202,8 @@ def _entrants(request: Request, job: Job, model: Model, seen: Trace | None) -> l
             held.append(_observed(model, request, folder / "profile.trace.safetensors", wanted | statistics))
         return held[0]
 
-    shelf = Shelf(folder, model, request.seed, observe)
+    drafts = all(getattr(task(name), "DRAFTS", False) for name in job.tasks)
+    shelf = Shelf(folder, model, request.seed, observe, drafts=drafts)
     missing, found = shelf.missing(job.cells), []
     with progress("calibrate", len(missing)) as advance:
         for cell in job.cells:

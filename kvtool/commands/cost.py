@@ -144,11 +144,11 @@ def _record(
 
 
 def _attending(network: Network, one: Plan | None) -> Network:
-    """Without the layers that a plan drops, which attend to nothing."""
-    if one is None or one.keep is None:
-        return network
-    kept = zip(network.windows, one.keep.gone.tolist(), strict=True)
-    return replace(network, windows=tuple(window for window, gone in kept if not gone))
+    """Layers that a plan drops attend to nothing, and a prompt's queries read what it says."""
+    if one is not None and one.keep is not None:
+        kept = zip(network.windows, one.keep.gone.tolist(), strict=True)
+        network = replace(network, windows=tuple(0 if gone else window for window, gone in kept))
+    return network if one is None or one.read is None else replace(network, prefill=one.read.prefill)
 
 
 def _row(tokens: int, service: Service, full: Measured, seen: Measured) -> dict[str, Any]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvtool import files
 from kvtool.commands._console import note, size, table
 from kvtool.commands._outline import outline
 
 MOST = 40  # rows of tensors shown
+FEW = 4096  # numbers of a plan's array whose range is told: thresholds, budgets and scores, not bases
 # told otherwise, or for programs only
 APART = ("kind", "schema", "kvtool", "model", "corpora", "done", "layers", "slots")
 
 
 def run(path: str) -> dict[str, Any]:
-    """Returns the record that `--json` prints: the header, and each tensor's shape, dtype and bytes."""
+    """Returns the record that `--json` prints: the header, each tensor's shape, dtype and bytes, and of a plan's small
+    arrays of floats the range."""
     header, tensors = files.read(path)
     shapes: dict[str, dict[str, Any]] = {
         name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "bytes": t.nbytes}
@@ -49,7 +53,40 @@ def run(path: str) -> dict[str, Any]:
         ("name", "shape", "dtype", "size"),
         rows[:MOST],
     )
-    return {"file": path, **header, "tensors": shapes, "bytes": total}
+    ranges = numbers(tensors) if header["kind"] == "plan" else {}
+    if ranges:
+        said = [
+            (name, told["least"], _place(told["least_at"]), told["mean"], told["most"], _place(told["most_at"]))
+            for name, told in ranges.items()
+        ]
+        table("numbers, and where the extremes are (layer, head)", ("name", "least", "at", "mean", "most", "at"), said)
+    return {"file": path, **header, "tensors": shapes, "numbers": ranges, "bytes": total}
+
+
+def numbers(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Least, mean and most of the finite numbers of small arrays of floats, and the indices of the extremes."""
+    found = {}
+    for name, tensor in sorted(tensors.items()):
+        if not tensor.is_floating_point() or not 1 < tensor.numel() <= FEW:
+            continue
+        values = tensor.double()
+        finite = values.isfinite()
+        if not finite.any():
+            continue
+        ends = {
+            "least": int(values.where(finite, float("inf")).argmin()),
+            "most": int(values.where(finite, float("-inf")).argmax()),
+        }
+        told: dict[str, Any] = {"mean": float(values[finite].mean())}
+        for end, at in ends.items():
+            index = [int(i) for i in torch.unravel_index(torch.tensor(at), tensor.shape)]
+            told |= {end: float(values[tuple(index)]), f"{end}_at": index}
+        found[name] = told
+    return found
+
+
+def _place(index: list[int]) -> str:
+    return ".".join(map(str, index))
 
 
 def sizes(raw: int, held: int, file: int | None) -> None:

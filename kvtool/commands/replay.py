@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from kvtool.errors import InputError
 from kvtool.model import load
 from kvtool.replay.subject import Subject
 from kvtool.replay.verdict import Verdict, check, judging, replay, task
+from kvtool.slots import Draft
 
 
 def run(
     name: str, plan_path: str, tasks: str, settings: list[str], strict: bool, chunk: int, bounds: list[str],
-    output: str | None, seed: int, device: str, dtype: str, force: bool,
+    output: str | None, seed: int, device: str, dtype: str, force: bool, draft: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
-    """Returns the record that `--json` prints, and the bounds that are broken."""
+    """Returns the record that `--json` prints, and the bounds that are broken. draft: the plan only drafts, so many
+    tokens a round."""
     chosen = _tasks(tasks, settings)
     check(bounds, chosen)
     if chunk < 0:
@@ -27,6 +30,8 @@ def run(
     if output is not None:
         files.check_output(output, force=force)
     read = plan.read(find(plan_path))
+    if draft is not None:
+        read = replace(read, draft=replace(read.draft or Draft(), tokens=draft))
     judged = judging(chosen, read)
     silent = ", ".join(name for name in chosen if name not in judged)
     if silent:
@@ -64,7 +69,9 @@ def show(verdict: Verdict) -> None:
     title = f"{facts['plan']['method']} on {facts['model']} · {facts['protocol']} prefill · "
     title += f"{facts['dtype']} on {facts['device']}"
     if facts["drafts"] is not None:
-        title += f" · drafts {facts['drafts']} tokens a round; the full cache verifies: the output is its own"
+        title += f" · drafts {facts['drafts']} tokens a round; the full cache verifies: "
+        lossy = f"LOSSY, since its logits are moved towards the draft by eta = {facts['nudged']}"
+        title += "the output is its own" if facts["nudged"] is None else lossy
     rows = [
         (label, form(m[full]) if full in m else "–", form(m[mine]), form_ratio(m, mine, full, ratio))
         for label, mine, full, ratio, form in _ROWS

@@ -42,10 +42,13 @@ class Entrant:
 
 
 class Shelf:
-    """Plans for the cells of one comparison, kept in `folder`. `observe(statistics)` gives a trace that holds them."""
+    """Plans for the cells of one comparison, kept in `folder`. `observe(statistics)` gives a trace that holds them.
+    drafts: do all tasks say something about a cache that only drafts?"""
 
-    def __init__(self, folder: Path, model: Model, seed: int, observe: Callable[[set[str]], Trace]):
-        self.folder, self.model, self.seed, self.observe = folder, model, seed, observe
+    def __init__(
+        self, folder: Path, model: Model, seed: int, observe: Callable[[set[str]], Trace], *, drafts: bool = False
+    ):
+        self.folder, self.model, self.seed, self.observe, self.drafts = folder, model, seed, observe, drafts
 
     def entrant(self, cell: Cell, progress: Progress = lambda done, total, text: None) -> Entrant:
         """Read or make the cell's plan."""
@@ -58,8 +61,11 @@ class Shelf:
             found.check(self.model.fingerprint)
         except Exception as error:
             return Entrant(cell, trouble=told(error))
-        if found.draft is not None:
+        if found.draft is not None and not self.drafts:
             text = "it only drafts: what it writes is the full cache's own"
+            return Entrant(cell, found, path=path, trouble=text, skipped=True)
+        if found.draft is not None and found.draft.excerpt is not None:
+            text = "its draft has a prompt of its own, which no others share"
             return Entrant(cell, found, path=path, trouble=text, skipped=True)
         identity = digest(Path(path).read_bytes()) if path else digest(repr(sorted(found.options.items())))
         return Entrant(cell, found, identity, path, found.provenance.get("seconds"))

@@ -141,6 +141,7 @@ class Race:
         dense = self._dense(plan)
         protocol: Protocol = "official" if dense else self.rules.protocol
         cache = SegmentCache(self.model, plan, protocol=protocol, prompt_length=end)
+        cache.tell(prompt.follow(ask)[None])
         if dense:
             return cache, _seconds(lambda: cache.adopt(full))
         return cache, _seconds(lambda: self._feed(cache, prompt.sample.tokens[:end], self.rules.chunk))

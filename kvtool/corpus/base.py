@@ -1,6 +1,6 @@
 """What a corpus is: token sequences with what is known about them, and where they came from.
 
-A `Sample` is one prompt. The probes (passkey, needle, repeat, two-hop) also know the right continuation and
+A `Sample` is one prompt. The probes, all kinds but text, also know the right continuation and
 where in the prompt it can be read. A `Corpus` is a tuple of samples with a JSON-able provenance, whose hash
 is over the token ids: equal hashes mean equal prompts, whatever files and options they came from.
 
@@ -27,7 +27,7 @@ class Sample:
     """One prompt. Spans are [start, end) positions in `tokens`."""
 
     tokens: torch.Tensor  # int64 [T], the prompt with the model's start tokens in front
-    kind: str  # "text" | "passkey" | "needle" | "repeat" | "two-hop"
+    kind: str  # the corpus's: "text", "passkey", ...
     answer: torch.Tensor | None = None  # int64 [A], expected greedy continuation, without a stop token
     evidence: tuple[Span, ...] = ()  # what must be recalled: the key's digits, the needle, the facts
     labels: tuple[Span, ...] = ()  # answers inside `tokens`: positions whose token is to be predicted

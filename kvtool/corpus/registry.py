@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvtool.corpus.base import Corpus
     from kvtool.model import Model
 
-HELPERS = {"__init__", "base", "default", "haystack", "registry", "sources"}
+HELPERS = {"__init__", "base", "default", "haystack", "registry", "shelves", "sources"}
 TYPED = {"twohop": "two-hop"}  # where the kind's name is no module name
 
 

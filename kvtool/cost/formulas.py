@@ -10,9 +10,10 @@
 
 P counts the weights that every token is multiplied by, `streamed` their bytes: all but an input table of its own.
 Attention is causal and exact: a token that sees n entries costs 4·H·D·n operations a layer, n at most the layer's
-sliding window; over a prompt without windows that is 2·L·H·D·N·(N + 1), twice what the paper's printed seconds follow
-from. `held`, `read`, `moved` and `entries` are one sequence's, read off a cache (see `ledger.py`). The paper's step
-knows memory alone; many users make a device wait for operations, hence the maximum.
+sliding window, or what a plan lets a block of queries read; over a prompt without either that is 2·L·H·D·N·(N + 1),
+twice what the paper's printed seconds follow from. `held`, `read`, `moved` and `entries` are one sequence's, read off a
+cache (see `ledger.py`). The paper's step knows memory alone; many users make a device wait for operations, hence the
+maximum.
 
 It assumes peaks, and weights that are read once a step; it leaves out activations, launches, communication between
 devices, and whatever a plan computes to choose, encode or decode. All experts of a mixture are counted.
@@ -24,12 +25,14 @@ import math
 from dataclasses import dataclass
 
 from kvtool.cost.hardware import Hardware
+from kvtool.slots.prefill import Prefill
 
 
 @dataclass(frozen=True)
 class Network:
-    """`weights` in bytes, `streamed` of which every token needs, `multiplied` as a count; `windows`: of each layer that
-    attends, its sliding window or None; H query heads of D channels, G of them to a KV head."""
+    """`weights` in bytes, `streamed` of which every token needs, `multiplied` as a count; `windows`: of each layer its
+    sliding window, None, or 0 where it attends to nothing; H query heads of D channels, G of them to a KV head;
+    `prefill`: what a plan lets a prompt's queries read in layers without a window."""
 
     weights: float
     streamed: float
@@ -38,10 +41,14 @@ class Network:
     query_heads: int
     head_dim: int
     group: int
+    prefill: Prefill | None = None
 
     def attention(self, tokens: int) -> float:
         """Operations of causal attention over a whole prompt."""
-        seen = sum(_seen(tokens, window) for window in self.windows)
+        seen = sum(
+            _seen(tokens, window) if self.prefill is None or window is not None else self.prefill.seen(layer, tokens)
+            for layer, window in enumerate(self.windows)
+        )
         return 4.0 * self.query_heads * self.head_dim * seen
 
 

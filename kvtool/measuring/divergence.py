@@ -39,6 +39,7 @@ class Judge:
     def _after(self, plan: Plan | None, prompt: SegmentCache, fed: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [A,V] of the tokens after each of `fed`."""
         cache = SegmentCache(self.model, plan, prompt_length=prompt.get_seq_length())
+        cache.tell(fed)
         cache.adopt(prompt)
         return forced(self.model, cache, fed)[0].log_softmax(-1)
 

@@ -27,6 +27,7 @@ from kvtool.model import Model
 from kvtool.profile import plain
 from kvtool.rotary import Rotary
 from kvtool.serving import Attention, Layer
+from kvtool_kernels.attend.reference import logits
 
 Side = Literal["keys", "values"]
 
@@ -93,15 +94,13 @@ def _through(x: torch.Tensor, encoding: Encoding, side: Side, rotary: Rotary, fi
 
 def _logits(q: torch.Tensor, k: torch.Tensor, call: Attention) -> torch.Tensor:
     """q [H,T,D] of the newest tokens, k [K,S,D] → fp32 [H,T,S], −inf where a token cannot see."""
-    logits = (q.float().unflatten(0, (len(k), -1)) @ k.float()[:, None].mT).flatten(0, 1) * call.scale
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
+    found = logits(q[None].float(), k[None].float(), scale=call.scale, softcap=call.softcap)[0]
     column = torch.arange(k.shape[1], device=k.device)
     row = column[-q.shape[1] :, None]
     hidden = column > row
     if call.window is not None:
         hidden = hidden | (column <= row - call.window)
-    return logits.masked_fill(hidden, float("-inf"))
+    return found.masked_fill(hidden, float("-inf"))
 
 
 def _softmax(logits: torch.Tensor, call: Attention) -> torch.Tensor:

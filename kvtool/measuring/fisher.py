@@ -44,7 +44,7 @@ class _Touched(Layer):
         self.rotary, self.rotated = rotary, rotated
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
-        table = None if self.rotated else self.rotary.table(torch.arange(k.shape[2], device=k.device))
+        table = None if self.rotated else self.rotary.table(torch.arange(k.shape[2], device=k.device), at_once=True)
         self.k, self.v = self.rotary.unrotate(k.detach(), table)[0], v.detach()[0]
         self.moved = torch.zeros_like(k, requires_grad=True), torch.zeros_like(v, requires_grad=True)
         return _attention(q, k + self.rotary.rotate(self.moved[0], table), v + self.moved[1], call)

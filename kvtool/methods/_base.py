@@ -1,5 +1,6 @@
 """What a method file gives: `Options` (a frozen dataclass), `STATISTICS` (what it reads from a trace), `MODEL`
-(does it run the model?), and `calibrate(context, options) -> Decision`. Nothing generic knows a method by name.
+(does it run the model, under all options?), and `calibrate(context, options) -> Decision`. Nothing generic knows a
+method by name.
 
 More may be there. `at(budget) -> dict` gives options under which about that share of the full cache's bytes is held,
 for prompts of 1,000 tokens or more; a method without it is compared once, under its defaults.
@@ -23,7 +24,8 @@ from kvtool.trace import Trace
 
 @dataclass
 class Context:
-    """What a method may draw on. `model` and `trace` are there when the method's file asks for them.
+    """What a method may draw on. `model` and `trace` are there when the method's file asks for them; a model that it
+    does not ask for is loaded by `load`, where there is one, as soon as something runs it.
 
     `progress(done, total, text)` is called after each step of long work. `resume` holds the tensors of an
     interrupted calibration (empty otherwise); `checkpoint(tensors)` keeps such tensors in case this one is
@@ -37,10 +39,13 @@ class Context:
     progress: Callable[[int, int, str], None] = lambda done, total, text: None
     resume: dict[str, torch.Tensor] = field(default_factory=dict)
     checkpoint: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None
+    load: Callable[[], Model] | None = None
 
     @property
     def running(self) -> Model:
         """The model; raises InputError where there is none."""
+        if self.model is None and self.load is not None:
+            self.model = self.load()
         if self.model is None:
             raise InputError("this calibration runs the model", remedy="pass the model, or a trace that names it")
         return self.model

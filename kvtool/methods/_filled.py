@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kvtool.cache.lane import Step
-from kvtool.cache.rebuild import rebuild
 from kvtool.cache.scores._base import View
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.selector import Selector
@@ -50,8 +49,7 @@ def scored(model: Model, keep: Keep, tokens: torch.Tensor) -> list[torch.Tensor 
 
 def scores(cache: SegmentCache, keep: Keep) -> list[torch.Tensor | None]:
     """The same of what a cache of `keep` holds."""
-    if keep.select is not None and keep.select.observe == "rebuild":
-        rebuild(cache.network, cache.segments)
+    cache.look_again()
     rows: list[dict[int, torch.Tensor]] = [{} for _ in cache.segments]
     for layer, selector, view in selecting(cache):
         rows[layer] |= dict(zip(selector.heads, selector.scores(view)[0], strict=True))

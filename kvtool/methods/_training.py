@@ -116,7 +116,7 @@ def states(model: Model, sample: Sample) -> list[States]:
         assert layer.seen is not None
         q, k, v, call = layer.seen
         rotary = model.rotary(index)
-        table = rotary.table(torch.arange(q.shape[1], device=q.device))
+        table = rotary.table(torch.arange(q.shape[1], device=q.device), at_once=True)
         found.append(States(index, q, k, v, call.scale, call.softcap, call.sink_logits, rotary, table, sample))
     return found
 

@@ -8,7 +8,7 @@ Hooper et al., arXiv 2401.18079, NeurIPS 2024, with its released code.
     levels of a layer and side = argmin Σ F·min_j (A − level_j)²,  F = (∂loss/∂x)²          (2^bits of them)
     Q-Norm: chosen by `level`, restored by level·σ₁/σ₂ + μ₁ − μ₂·σ₁/σ₂ (1: moments of A, 2: of A snapped)
 
-    memory: bits + 32·n/C a number, n = 2⌈outliers·C/2⌉ outliers a token of C = K·D numbers, + 32/C for values
+    memory: bits + 32·n/C a number, n = ⌈outliers·C⌉ outliers a token of C = K·D numbers, + 32/C for values
 
 Outliers have a fixed capacity a token (the "cap" variant): the n furthest from the middle of their range, in its
 half-widths, as fp16 with a place of 16 bits. Levels fit what is left within its range. F is from a real backward pass
@@ -119,7 +119,7 @@ def unfitted(options: Options, width: int, scale: torch.Tensor, zero: torch.Tens
         scale, zero = scale.reshape(1, -1), zero.reshape(1, -1)
     even = torch.linspace(-1, 1, 2**options.bits)
     known, own = Levels(even, 1, "channel", "fixed", scale, zero), Levels(even, width, "channel")
-    count = 2 * math.ceil(options.outliers * width / 2)
+    count = math.ceil(round(options.outliers * width, 6))  # 1 % of 300 are 3
     far = Outliers(count, "channel") if count else None
     values = Encoding(own, steps, far)
     if options.keys == "token":

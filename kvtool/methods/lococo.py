@@ -45,6 +45,7 @@ from kvtool.model import Model
 from kvtool.options import at_least
 from kvtool.slots import Keep, Select
 from kvtool.statistics._base import States
+from kvtool_kernels.attend.reference import logits
 
 STATISTICS = ()
 MODEL = True
@@ -185,19 +186,15 @@ def loss(model: Model, spec: Select, states: States, tables: Tables) -> torch.Te
 def attended(states: States, context: int, sides: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Attention of the rows after the context over sides (k, v) [1,K,N,D], which stand for it, and over one another;
     fp32 [T,H·D], differentiable in sides."""
-    rows = states.q[:, context:].float().unflatten(0, (len(states.k), -1))  # [K,G,T,D]
     k, v = (
         torch.cat([side[0], x[:, context:].float()], dim=1) for side, x in zip(sides, (states.k, states.v), strict=True)
     )
-    logits = states.scale * torch.einsum("kgtd,ksd->kgts", rows, k)
-    if states.softcap is not None:
-        logits = states.softcap * torch.tanh(logits / states.softcap)
-    tokens = rows.shape[2]
-    later = torch.ones(tokens, k.shape[1], dtype=torch.bool, device=k.device).triu(k.shape[1] - tokens + 1)
-    logits = logits.masked_fill(later, float("-inf"))
+    found = logits(states.q[None, :, context:].float(), k[None], scale=states.scale, softcap=states.softcap)[0]
+    tokens = found.shape[1]
+    later = torch.ones(found.shape[1:], dtype=torch.bool, device=k.device).triu(k.shape[1] - tokens + 1)
+    found = found.masked_fill(later, float("-inf"))
     if states.sink_logits is not None:
-        sink = states.sink_logits.float().reshape(len(k), -1, 1, 1).expand(*logits.shape[:3], 1)
-        logits = torch.cat([logits, sink], dim=-1)
+        found = torch.cat([found, states.sink_logits.float()[:, None, None].expand(-1, tokens, 1)], dim=-1)
         v = functional.pad(v, (0, 0, 0, 1))
-    out = torch.einsum("kgts,ksd->kgtd", torch.softmax(logits, dim=-1), v)
+    out = torch.einsum("kgts,ksd->kgtd", torch.softmax(found, dim=-1).unflatten(0, (len(k), -1)), v)
     return out.permute(2, 0, 1, 3).flatten(1)

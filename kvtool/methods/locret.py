@@ -131,11 +131,7 @@ def example(seen: list[States]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def label(states: States, context: int | None) -> torch.Tensor:
     """fp32 [K,T]: the largest logit that a row after the first `context` tokens has for each of these."""
-    rows = states.q[:, context:].float().unflatten(0, (len(states.k), -1))
-    logits = states.scale * torch.einsum("kgtd,ksd->kgts", rows, states.k[:, :context].float())
-    if states.softcap is not None:
-        logits = states.softcap * torch.tanh(logits / states.softcap)
-    return logits.amax((1, 2))
+    return states.logits(context or 0, keys=context).amax((1, 2))
 
 
 def fresh(context: Context, options: Options, layers: int) -> Tensors:

@@ -9,6 +9,10 @@ Decoded entries are all kept. The score is taken once, from the prompt's own las
 later finds only what this prompt's end asked for. The released code scores each query head and copies the cache to all
 of them; here a KV head keeps one set, chosen by the mean over its group, which is what the bytes pay for. Defaults are
 the paper's (w 32, kernel 5, max pooling) with the budget as a share of the prompt.
+
+`observe=answer` is ours, and no method but a bound for them: the queries that score are those of the answer itself,
+teacher-forced, which only a measurement on known answers can have (`kvtool/cache/passes.py`). What the prompt's own
+end misses of that is what asking earlier costs.
 """
 
 from __future__ import annotations
@@ -27,13 +31,15 @@ MODEL = False
 class Options:
     """budget: entries each KV head keeps of the prompt, a share when at most 1, else a count. window: last queries that
     score, whose entries always stay. kernel: neighbours that are pooled. pool: max, mean or none. sink: first entries
-    that always stay."""
+    that always stay. observe: whose queries score: the prompt's own, or the answer's, which only replay and compare
+    know."""
 
     budget: float = 0.25
     window: int = 32
     kernel: int = 5
     pool: Literal["max", "mean", "none"] = "max"
     sink: int = 0
+    observe: Literal["prompt", "answer"] = "prompt"
 
     def __post_init__(self) -> None:
         at_least(1, self, "window")
@@ -48,6 +54,6 @@ def at(budget: float) -> dict[str, Any]:
 def calibrate(context: Context, options: Options) -> Decision:
     keep = thinned(
         context, options.budget, observed=options.window, pool=options.pool, kernel=options.kernel,
-        recent=options.window, sink=options.sink,
+        recent=options.window, sink=options.sink, observe="answer" if options.observe == "answer" else "last",
     )  # fmt: skip
     return Decision(keep)

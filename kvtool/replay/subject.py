@@ -15,6 +15,7 @@ import torch
 from kvtool.cache.segment_cache import Protocol, SegmentCache
 from kvtool.model import Model
 from kvtool.plan import Plan
+from kvtool.retrieval import excerpt
 
 Progress = Callable[[str], None]
 SIDES = ("full", "plan")
@@ -51,16 +52,36 @@ class Subject:
             output = self.model.network(input_ids=tokens.to(self.model.device), past_key_values=cache)
         return output.logits[:, -1].float()
 
-    def both(self, prompts: torch.Tensor) -> dict[str, SegmentCache]:
-        """Both sides' caches after prompts int64 [B,T]. A dense prefill is the same for both, so it is run once."""
-        caches = {side: self.cache(side, prompts.shape[1]) for side in SIDES}
+    def both(self, prompts: torch.Tensor, follow: torch.Tensor | None = None) -> dict[str, SegmentCache]:
+        """Both sides' caches after prompts int64 [B,T], which `follow` int64 [B,A] is to be fed to, for plans that look
+        ahead. A dense prefill is the same for both, so it is run once."""
+        fed = self._fed(prompts)
+        caches = {side: self.cache(side, tokens.shape[1]) for side, tokens in zip(SIDES, (prompts, fed), strict=True)}
+        if follow is not None:
+            caches["plan"].tell(follow)
         caches["full"].record_for(self.plan)
         self.prefill(caches["full"], prompts)
-        if self.protocol == "official" and not self.chunk and self.plan.dense:
+        if fed is prompts and self.protocol == "official" and not self.chunk and self.plan.dense:
             caches["plan"].adopt(caches["full"])
         else:
-            self.prefill(caches["plan"], prompts)
+            self.prefill(caches["plan"], fed)
         return caches
+
+    def _fed(self, prompts: torch.Tensor) -> torch.Tensor:
+        """What the plan's cache is fed: the prompts int64 [B,T], or an excerpt of the only one for a draft."""
+        draft = self.plan.draft
+        if draft is None or draft.excerpt is None:
+            return prompts
+        return excerpt(self.model, prompts[0], draft.excerpt)[None]
+
+    def below(self, full: SegmentCache) -> SegmentCache | None:
+        """The cache that proposes to the plan's, if its draft has one; `full` holds the prompt."""
+        draft = self.plan.draft
+        if draft is None or draft.below is None:
+            return None
+        cache = SegmentCache(self.model, Plan("below", self.plan.model, keep=draft.below))
+        cache.adopt(full)
+        return cache
 
     def greedy(self, cache: SegmentCache, token: torch.Tensor, steps: int) -> torch.Tensor:
         """A prefilled cache and their prompts' last tokens int64 [B,1] → the next [B,steps], stops not heeded."""

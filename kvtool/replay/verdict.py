@@ -99,6 +99,7 @@ def replay(subject: Subject, tasks: dict[str, Any], progress: Progress = lambda 
         "model": subject.model.name,
         "plan": {"method": subject.plan.method, "options": subject.plan.options},
         "drafts": None if subject.plan.draft is None else subject.plan.draft.tokens,
+        "nudged": None if subject.plan.draft is None else subject.plan.draft.eta or None,
         "protocol": subject.protocol,
         "chunk": subject.chunk,
         "dtype": str(subject.model.dtype).removeprefix("torch."),

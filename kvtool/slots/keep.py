@@ -20,8 +20,9 @@ class Select(Record):
     budget → pick → merge.
 
     observe: whose attention scores an entry: the `observed` newest queries ("last"; a share of the prompt if < 1),
-        `probes` (the newest 5 % and a seeded 5 % of the others), or "all" rows seen so far; or "rebuild": those of the
-        network writing the prompt again (see `cache/rebuild.py`). history: at decode steps,
+        `probes` (the newest 5 % and a seeded 5 % of the others), or "all" rows seen so far; or those of a pass on trial
+        (see `cache/passes.py`): "rebuild", in which the network writes the prompt again, and "answer", over the tokens
+        that follow the prompt, which a caller has to tell. history: at decode steps,
         so many of the newest queries, instead of those since the last choice; their own entries must be recent ones.
     score: name of the rule (see `cache/scores/`), given the observed queries, keys and values. Rules that look at
         queries soften their softmax by `temperature`, plus `warming` for every step that has scored before.
@@ -55,7 +56,7 @@ class Select(Record):
     """
 
     budget: torch.Tensor
-    observe: Literal["last", "probes", "all", "rebuild"] = "last"
+    observe: Literal["last", "probes", "all", "rebuild", "answer"] = "last"
     observed: float = 32
     history: int = 0
     score: str = "attention"
@@ -107,10 +108,11 @@ class Select(Record):
                 expected="a spread that treats the heads of a layer alike, and one budget a layer",
             )
         rule = self.rule("score")
-        if self.observe == "rebuild" and (self.when != "prefill" or rule.SEES != "queries" or hasattr(rule, "NEEDS")):
+        if self.on_trial and (self.when != "prefill" or rule.SEES != "queries" or hasattr(rule, "NEEDS")):
             raise InputError(
-                "a prompt that is written again scores its entries once, by queries alone",
-                got=f"when {self.when}, score {self.score}", expected="when=prefill and a score such as attention",
+                "a pass on trial scores a prompt's entries once, by queries alone",
+                got=f"observe {self.observe}, when {self.when}, score {self.score}",
+                expected="when=prefill and a score such as attention",
             )  # fmt: skip
         if self.when == "chunk" and self.ragged:
             raise InputError(
@@ -122,6 +124,11 @@ class Select(Record):
     def rule(self, stage: str) -> Any:
         """The module of the rule that this selection names for a stage: score, spread, pick or merge."""
         return registry.module(f"cache/{_FOLDERS[stage]}", getattr(self, stage), stage)
+
+    @property
+    def on_trial(self) -> bool:
+        """Do queries score that come in a pass of their own, once the prompt is in?"""
+        return self.observe in ("rebuild", "answer")
 
     @property
     def lossless(self) -> bool:

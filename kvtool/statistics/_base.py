@@ -22,6 +22,7 @@ from kvtool.corpus.base import Sample
 from kvtool.errors import InputError
 from kvtool.model import Geometry, Model
 from kvtool.rotary import Rotary, Table
+from kvtool_kernels.attend.reference import logits
 from kvtool_kernels.attention_statistics.reference import Summary
 
 Rule = Literal["sum", "min", "max"]
@@ -50,6 +51,12 @@ class States:
     def k_pre(self) -> torch.Tensor:
         """Keys before RoPE [K,T,D], by exact inverse rotation."""
         return self.rotary.unrotate(self.k, self.table)
+
+    def logits(self, first: int, end: int | None = None, keys: int | None = None) -> torch.Tensor:
+        """Capped logits of the rows from `first` to before `end` with the first `keys` entries, fp32 [K,G,R,S]; None:
+        to the last. What rows cannot see is not hidden, and learned sinks are left out."""
+        q, k = self.q[None, :, first:end], self.k[None, :, :keys]
+        return logits(q.float(), k.float(), scale=self.scale, softcap=self.softcap)[0].unflatten(0, (len(self.k), -1))
 
 
 @dataclass(frozen=True)

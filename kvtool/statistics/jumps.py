@@ -6,7 +6,8 @@
 
 `count` [L,K,BINS] counts the r_t of each bin from −1 to 1, `overlap` [L,K,BINS] sums their J_t (what LouisKV looks at,
 arXiv 2510.11292). Tokens looked at are the last `ROWS` of each text, of its second half at most; the first entries are
-all before them. It knows nothing of steps further apart than one, nor of sliding windows.
+all before them. Layers with a sliding window of their own are left out. It knows nothing of steps further apart than
+one, nor of learned sinks.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ class Jumps(Statistic):
 
     def states(self, view: States) -> None:
         first = max(view.k.shape[1] - ROWS, view.k.shape[1] // 2)
-        for head, k in enumerate(view.k.float()):
-            q = view.q[head * self.geometry.group : (head + 1) * self.geometry.group, first:].float()
-            turned = torch.cosine_similarity(q[:, :-1], q[:, 1:], dim=-1).mean(0)
-            bins = ((turned + 1) / 2 * BINS).long().clamp(0, BINS - 1)
-            at = (view.layer, head)
-            self["count"][at] += torch.bincount(bins, minlength=BINS)
-            self["overlap"][at] += torch.bincount(bins, overlaps(view.scale * q @ k[:first].T), BINS)
+        if not first or self.geometry.windows[view.layer] is not None:
+            return
+        q = view.q[:, first:].float().unflatten(0, (len(view.k), -1))
+        turned = torch.cosine_similarity(q[:, :, :-1], q[:, :, 1:], dim=-1).mean(1)  # [K,R−1]
+        bins = ((turned + 1) / 2 * BINS).long().clamp(0, BINS - 1)
+        for head, logits in enumerate(view.logits(first, keys=first)):
+            self["count"][view.layer, head] += torch.bincount(bins[head], minlength=BINS)
+            self["overlap"][view.layer, head] += torch.bincount(bins[head], overlaps(logits), BINS)
 
 
 def overlaps(logits: torch.Tensor) -> torch.Tensor:

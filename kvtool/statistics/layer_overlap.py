@@ -38,10 +38,7 @@ class LayerOverlap(Statistic):
             self.below = {}
 
     def _compare(self, view: States, first: int) -> None:
-        q = view.q[:, first:].float().unflatten(0, (len(view.k), -1))
-        logits = view.scale * (q @ view.k[:, None, :first].float().mT)  # [K,G,R,S]
-        if view.softcap is not None:
-            logits = view.softcap * torch.tanh(logits / view.softcap)
+        logits = view.logits(first, keys=first)
         weights = logits.softmax(-1).mean(1)
         count = max(1, round(SHARE * first))
         mine = logits.amax(1).topk(count, dim=-1).indices

@@ -41,13 +41,10 @@ def important(view: States, first: int, end: int) -> torch.Tensor:
     """Does any query from `first` to before `end` pay an entry of the text's first half more than its even share? bool
     [H,T/2]."""
     found = torch.zeros(len(view.q), view.k.shape[1] // 2, dtype=torch.bool, device=view.k.device)
-    keys = view.k.float()[:, None].mT
     for low in range(first, end, BLOCK):
-        rows = torch.arange(low, min(low + BLOCK, end), device=view.k.device)
-        q = view.q[:, rows].float().unflatten(0, (len(view.k), -1))
-        logits = view.scale * (q @ keys[..., : int(rows[-1]) + 1]).flatten(0, 1)
-        if view.softcap is not None:
-            logits = view.softcap * torch.tanh(logits / view.softcap)
+        high = min(low + BLOCK, end)
+        rows = torch.arange(low, high, device=view.k.device)
+        logits = view.logits(low, high, high).flatten(0, 1)
         columns = torch.arange(logits.shape[-1], device=view.k.device)
         logits = logits.masked_fill(columns > rows[:, None], float("-inf"))
         total = logits.logsumexp(-1)

@@ -136,10 +136,6 @@ def _table(view: States, choice: Choice, k: torch.Tensor) -> torch.Tensor | None
 
 def attended(view: States, first: int) -> torch.Tensor:
     """Attention of the rows from `first` on, [K,R,T], mean over a group; learned sinks are left out."""
-    q = view.q[:, first:].float().unflatten(0, (len(view.k), -1))
-    logits = view.scale * q @ view.k[:, None].float().mT
-    if view.softcap is not None:
-        logits = view.softcap * torch.tanh(logits / view.softcap)
     rows = torch.arange(first, view.k.shape[1], device=view.k.device)
     later = torch.arange(view.k.shape[1], device=view.k.device) > rows[:, None]
-    return logits.masked_fill(later, float("-inf")).softmax(-1).mean(1)
+    return view.logits(first).masked_fill(later, float("-inf")).softmax(-1).mean(1)

@@ -53,7 +53,21 @@ def test_mass_that_no_window_holds() -> None:
     trace = blank("attention")
     trace["attention"]["tokens"] += TOKENS
     trace["attention"]["distance"][..., -1] = TOKENS
-    assert [row[6] for row in locality.find(trace).rows] == ["–"] * 3
+    finding = locality.find(trace)
+    assert [row[6] for row in finding.rows] == ["–"] * 3
+    assert finding.data["window"] == [None] * 3
+    assert finding.headline == "In none of the 3 layers does a window hold 90% of the attention."
+
+
+def test_a_layer_that_no_window_holds_is_told_apart() -> None:
+    trace = planted()
+    trace["attention"]["distance"][1] = 0
+    trace["attention"]["columns"][1] = 0
+    trace["attention"]["distance"][1, :, -1] = TOKENS
+    finding = locality.find(trace)
+    assert finding.data["window"] == [1, None, 725]
+    assert "the nearest 1 to 725, by layer: nearest in 0, 2, farthest in 2, 0; in 2 of 3" in finding.headline
+    assert finding.headline.endswith("in 1 no window holds so much.")
 
 
 def shared() -> Trace:
@@ -87,7 +101,12 @@ def test_across_layers_and_along_tokens() -> None:
 def test_layers_with_windows_choose_nothing() -> None:
     trace = shared()
     trace.model["windows"] = [None, 16, None]
+    for name in ("count", "overlap"):
+        trace["jumps"][name][1] = 0  # as the statistic leaves them
     finding = locality.find(trace)
     lines = [dict(zip(finding.columns, row, strict=True)) for row in finding.rows]
     assert [line["shared"] for line in lines] == ["–", "–", 0.0]
+    assert [line["kept"] for line in lines] == [0.8, "–", 0.2]
     assert finding.data["found"][0] == [1.0, None, 0.0]
+    assert finding.data["jaccard"] == [0.8, None, 0.2]
+    assert "Jaccard index of 0.20 to 0.80, queries a cosine of 0.01 to 0.99" in finding.headline

@@ -20,7 +20,7 @@ from kvtool.rotary import NONE, Rotary
 from kvtool_kernels import ops
 from kvtool_kernels.attend.reference import attend
 from tests import models
-from tests.cache.test_segments import Rope, basis, draw, rotary
+from tests.cache.segments import Rope, basis, draw, rotary
 from tests.tolerance import close, same
 
 HEADS, WIDTH, ENTRIES = 4, 16, 160

@@ -35,6 +35,8 @@ def spec(**changes: Any) -> Read:
     options: dict[str, Any] = dict(budget=torch.tensor([0.25]), unit=UNIT) | changes
     if options.get("summary") == "channels":
         options |= dict(table=torch.arange(D).expand(1, K, D), rank=options.get("rank", 6))
+    if options.get("summary") == "between":
+        options |= dict(table=torch.full((1, K, 1), 0.6))
     if options.get("summary") == "low-rank":
         options |= dict(table=torch.eye(D).expand(1, K, D, D), rank=options.get("rank", 6))
     return Read(**options)
@@ -81,6 +83,7 @@ def test_scores_of_single_entries_are_their_logits(summary: str, entries) -> Non
     """A unit of one entry has the score of its key, as long as all channels are looked at."""
     (k, _), q, rule = entries, draw(1, K, G, D, seed=2), registry.module("cache/summaries", summary, "summary")
     table = {"channels": torch.arange(D).expand(K, D).flip(1), "low-rank": torch.linalg.qr(draw(K, D, D))[0]}
+    table["between"] = torch.tensor([[0.3], [1.0]])
     given, units = Given(table.get(summary)), k[:, :, :, None]
     parts = (units,) if hasattr(rule, "share") else rule.summarise(units, given)
     close(rule.score(q, parts, given), q @ k.transpose(-1, -2))
@@ -146,6 +149,26 @@ def test_a_jump_above_one_is_every_step(entries) -> None:
         q = draw(1, K * G, 1, D, seed=seed)
         for a, b in zip(*(reader.attend(q, bulk, STEP) for reader, bulk in (each, jumps)), strict=True):
             same(a, b)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(period=3), dict(period=0, jump=0.5), dict(form="cluster"),
+                                     dict(tail="mean")], ids=str)  # fmt: skip
+def test_what_is_read_where_it_lies_is_what_a_copy_gives(changes: dict[str, Any], entries, monkeypatch) -> None:
+    """As on a GPU, step after step, while rows stay at choices of other sizes and new entries join."""
+    outs = []
+    for here in (False, True):
+        monkeypatch.setattr(Dense, "in_place", lambda self, here=here: here)
+        reader, bulk = reading(spec(summary="mean", **changes), *(torch.cat([x, 2 * x]) for x in entries))
+        steps = []
+        for at in range(5):
+            q = draw(2, K * G, 1, D, seed=at if at % 2 else 0)
+            q[1] = draw(K * G, 1, D, seed=7)
+            steps += reader.attend(q, bulk, STEP)
+            new = draw(2, K, UNIT, D, seed=50 + at)
+            reader.append(new, new)
+            bulk.append(new, new)
+        outs.append(torch.cat([x.flatten() for x in steps]))
+    close(outs[1], outs[0])
 
 
 def test_what_joined_since_the_choice_is_read_too(entries) -> None:

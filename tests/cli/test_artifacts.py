@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvtool import registry
+from kvtool.commands.inspect import numbers
+from kvtool.files import read as read_file
 from kvtool.trace import read as read_trace
 from tests.cli.terminal import files, kv
 from tests.cli.tiny import RAZOR, REPLAY, TEXT
@@ -43,6 +46,24 @@ def test_inspect_tells_a_plan(plan: Path) -> None:
     assert ran.document["tensors"]["keep.recent"] == {"shape": [2, 2], "dtype": "int32", "bytes": 16}
     for word in ("razor", "keep.recent", "evidence.induction", "model.weights", "repeat"):
         assert word in ran.err
+
+
+def test_inspect_tells_the_range_of_a_plans_small_arrays(plan: Path, trace: Path) -> None:
+    scores = read_file(plan)[1]["evidence.induction"]
+    ran = kv("inspect", plan, "--json").fine()
+    told = ran.document["numbers"]["evidence.induction"]
+    assert told["mean"] == pytest.approx(float(scores.double().mean()))
+    assert scores[tuple(told["most_at"])] == scores.max() == told["most"]
+    assert scores[tuple(told["least_at"])] == scores.min() == told["least"]
+    assert "keep.recent" not in ran.document["numbers"]  # counts of entries
+    assert f"{told['most']:.3g}" in ran.err
+    assert kv("inspect", trace, "--json").fine().document["numbers"] == {}  # sums, of which an extreme says nothing
+
+
+def test_inspect_leaves_out_what_is_not_finite_and_what_is_large() -> None:
+    values = torch.tensor([[3.0, float("inf")], [float("nan"), -1.0]])
+    told = numbers({"few": values, "none": values[:, 1:2].log(), "one": values[:1, :1], "large": torch.ones(65, 64)})
+    assert told == {"few": {"least": -1.0, "least_at": [1, 1], "mean": 1.0, "most": 3.0, "most_at": [0, 0]}}
 
 
 def test_inspect_tells_a_trace(trace: Path) -> None:

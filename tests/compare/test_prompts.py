@@ -14,7 +14,7 @@ QUESTION = {"passkey": "\n\nWhat is the secret pass key?", "needle": "\n\nW", "t
 
 
 def test_which_tasks_there_are() -> None:
-    assert every_task() == ["needle", "passkey", "text", "two-hop"]
+    assert every_task() == ["acceptance", "graph", "needle", "passkey", "text", "two-hop"]
     with pytest.raises(InputError, match=r"task of a comparison.*'speed'"):
         chosen(("speed",), {})
 

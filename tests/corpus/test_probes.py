@@ -13,13 +13,15 @@ from kvtool.errors import InputError
 from kvtool.files import digest
 
 SMALL = {
+    "graph": {"lengths": (300, 501), "samples": 2},
     "needle": {"lengths": (300, 501), "depths": (0, 0.5, 1)},
+    "order": {"lengths": (300, 501), "samples": 2},
     "passkey": {"lengths": (300, 501), "depths": (0, 0.5, 1), "keys": 2},
     "repeat": {"period": 9, "samples": 2},
     "text": {"tokens": 63, "samples": 3},
     "two-hop": {"lengths": (300, 501), "samples": 2},
 }
-RECALLED = ["needle", "passkey", "two-hop"]
+RECALLED = ["graph", "needle", "order", "passkey", "two-hop"]
 pytestmark = pytest.mark.real
 
 

@@ -13,7 +13,7 @@ from kvtool.errors import InputError
 
 
 def test_names():
-    assert registry.names() == ["needle", "passkey", "repeat", "text", "two-hop"]
+    assert registry.names() == ["graph", "needle", "order", "passkey", "repeat", "text", "two-hop"]
 
 
 @pytest.mark.parametrize("name", ["two-hop", "two_hop", "twohop"])

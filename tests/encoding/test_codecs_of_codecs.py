@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvtool.encoding.codecs import Affine, Codec, Delta, Levels, Polar, Raw, Sketched, Split
+from kvtool.encoding.codecs import Affine, Codec, Delta, Levels, Nested, Polar, Raw, Sketched, Split
 from kvtool.encoding.fitted import Ranges
 from kvtool.encoding.tables import normal as table
+from kvtool.errors import InputError
 from tests.encoding.test_codecs import GAUSSIAN, LLOYD, distortion, fixed, normal, there_and_back
 from tests.tolerance import close, same
 
@@ -170,6 +171,58 @@ def test_more_bits_for_either_are_closer(field: str) -> None:
     errors = [distortion(replace(Polar(8, 8, 128), **{field: bits}), GAUSSIAN) for bits in (1, 2, 4, 6)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 2e-3
+
+
+# --- Nested
+
+
+def test_lengths_are_kept_and_angles_at_a_level_are_exact() -> None:
+    """Turning loses no length; and what stands in the middle of its cells comes back."""
+    codec, z = Nested((3, 2, 2)), normal(1, 2, 64, 32)
+    back = there_and_back(codec, z)
+    sixteenths = [x.unflatten(-1, (-1, 8)).norm(dim=-1) for x in (back, z)]
+    close(sixteenths[0], sixteenths[1], torch.float16)
+    close(there_and_back(codec, back), back, torch.float16)
+
+
+@pytest.mark.parametrize("bits", [(1, 1, 1, 1), (4, 2, 2, 2), (3, 3, 3, 3)])
+def test_what_turned_entries_lose(bits: tuple[int, ...]) -> None:
+    """By definition: loops over channels, with cells found by Lloyd's rule on drawn angles, not on their density."""
+    draw = torch.Generator().manual_seed(0)
+    sample = torch.randn(8_000, 16, generator=draw, dtype=torch.float64)
+    lost = torch.zeros(())
+    x, tables = sample, []
+    for level, count in enumerate(bits):
+        angle = torch.atan2(x[:, 1::2], x[:, 0::2]).remainder(2 * math.pi)
+        x = torch.hypot(x[:, 0::2], x[:, 1::2])
+        table = (torch.arange(2**count) + 0.5) * 2 * math.pi / 2**count
+        if level:
+            flat = angle.flatten()
+            table = flat.quantile((torch.arange(2**count) + 0.5).double() / 2**count)
+            for _ in range(40):
+                nearest = (flat[:, None] - table).abs().argmin(1)
+                table = torch.stack([flat[nearest == at].mean() for at in range(2**count)])
+        tables.append(table.double())
+    for row in sample[:400]:
+        angles, radii = [], row.tolist()
+        for table in tables:
+            pairs = list(zip(radii[0::2], radii[1::2], strict=True))
+            turns = [math.atan2(b, a) % (2 * math.pi) for a, b in pairs]
+            angles.append([float(table[(table - turn).abs().argmin()]) for turn in turns])
+            radii = [math.hypot(a, b) for a, b in pairs]
+        for level in reversed(angles):
+            radii = [
+                part for r, turn in zip(radii, level, strict=True) for part in (r * math.cos(turn), r * math.sin(turn))
+            ]
+        lost = lost + (torch.tensor(radii) - row).square().sum() / row.square().sum() / 400
+    assert distortion(Nested(bits), GAUSSIAN) == pytest.approx(float(lost), rel=0.05)
+
+
+def test_widths_that_cannot_be_halved() -> None:
+    with pytest.raises(InputError, match="halved so often"):
+        Nested((4, 2, 2, 2)).check(2, 24)
+    with pytest.raises(InputError, match="without angles"):
+        Nested(())
 
 
 # --- Sketched

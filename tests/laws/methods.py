@@ -111,6 +111,12 @@ def across(plan: Plan) -> bool:
     return plan.store is not None and bool(plan.store.spans)
 
 
+def sparse(case: str) -> bool:
+    """Do a prompt's queries not read all of it, unless prefill is decode?"""
+    read = tiny(case, "llama").read
+    return read is not None and read.sparse
+
+
 def by_chunk(case: str) -> bool:
     """Does this case evict after every chunk of the prompt?"""
     keep = tiny(case, "llama").keep

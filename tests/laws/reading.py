@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from kvtool.plan import Plan
+from tests.laws.asking import Asks
+from tests.laws.indexes import Looks, clusters
 
 Posts = dict[tuple[int, int, int], tuple[list[bool], list[list[float]] | None]]
 
@@ -35,7 +37,9 @@ class Reading:
         self.budget = float(read.budget[layer])
         self.sink = max(read.sink, 0 if store is None else store.sink)
         self.recent = max(read.recent, 0 if store is None else store.recent)
-        self.block = math.lcm(read.unit, 1 if store is None else store.block)
+        self.looks: Looks | None = None
+        self.asks: Asks | None = None
+        self.block = math.lcm(read.unit * read.search.get("coarse", 1), 1 if store is None else store.block)
         self.owner = layer if read.owner is None else int(read.owner[layer])
         owners = [] if read.owner is None else read.owner.tolist()
         self.leads = any(o == layer != at and read.budget[at] != 1 for at, o in enumerate(owners))
@@ -44,6 +48,7 @@ class Reading:
         self.units: list[list[int]] = []  # members, as places in the bulk
         self.clusters = 0  # of which so many are clusters
         self.known = 0  # entries that are members of units
+        self.bulk: list[int] = []  # which entries stand in it
         self.choices: list[list[int]] | None = None
         self.ages: list[int] = []
         self.asked: list[torch.Tensor] = []
@@ -63,7 +68,7 @@ class Reading:
         )  # as they came, as held
         grain = self.spec.unit if self.spec.form == "page" else 1
         total, wanted = moved // grain, self.budget * moved if self.budget <= 1 else self.budget
-        count = min(total, max(1, round(wanted / grain)) + self.spec.outliers)
+        self.count = count = min(total, max(1, round(wanted / grain)) + self.spec.outliers)
         if count == total and not self.leads and self.owner == self.layer:
             self.choices = None
             return logits, v
@@ -71,6 +76,7 @@ class Reading:
         self._settle(keys, bulk)
         if self.spec.whole and len(self.runs.queries) <= self.spec.whole:
             return logits, v
+        self.bulk = bulk
         scores = self._scores(keys, q) if self.spec.tail != "drop" else None
         due, ranked = self._ranking(row, keys, q, scores)
         fresh = range(self.seen, total)
@@ -85,7 +91,11 @@ class Reading:
         self.ages = [1 if is_due else age + 1 for is_due, age in zip(due, self.ages or [0] * len(due), strict=True)]
         if count == total:
             return logits, v
-        return self._seen(scores, places, grain, values[0], values[1], logits, v)
+        logits, v = self._seen(scores, places, grain, values[0], values[1], logits, v)
+        if self.spec.positions != "original":
+            assert self.asks is not None
+            self.asks.placed(logits, row, q, held[0], seen, places)
+        return logits, v
 
     def _seen(self, scores, places, grain: int, raw, held, logits, v) -> tuple[Any, Any]:
         out, extra, means = logits.clone(), [], []
@@ -125,6 +135,31 @@ class Reading:
     def _ranking(self, row: int, keys, q, scores) -> tuple[list[bool], list[list[float]] | None]:
         if self.owner != self.layer:
             return self.posts[self.owner, self.head, row]
+        due = self._dues(row, q)
+        ranked = None
+        self.begun = False
+        if any(due):
+            if self.spec.query == "run":
+                scores = self._scores(keys, torch.stack(self.runs.queries).mean(0))
+            scores = self._scores(keys, q) if scores is None else scores
+            if self.looks is not None:
+                upper = self._upper(keys, q) if "coarse" in self.spec.search else None
+                scores = self.looks.masked(row, scores, keys[1], self.count, upper)
+            units = self._units(row, scores)
+            if self.spec.outliers:
+                agree = [_least_cosine(keys[0][unit]) for unit in self.units]
+                for unit in sorted(range(len(agree)), key=agree.__getitem__)[: self.spec.outliers]:
+                    units[:, unit] = float("inf")
+            ranked = units.tolist()
+            if self.spec.form != "page":
+                owner = {at: u for u, unit in enumerate(self.units) for at in unit}
+                ranked = [[line[owner[at]] for at in range(len(owner))] for line in ranked]
+            each = due if len(due) > 1 else due * len(q)
+            self.asked = [q[g] if each[g] else self.asked[g] for g in range(len(q))]
+        self.posts[self.layer, self.head, row] = (due, ranked)
+        return due, ranked
+
+    def _dues(self, row: int, q) -> list[bool]:
         choosers = len(q) if self.spec.heads == "each" else 1
         if self.choices is None:
             due = [True] * choosers
@@ -135,25 +170,9 @@ class Reading:
                 mean = cosines if choosers > 1 else [sum(cosines) / len(cosines)]
                 due = [d or c < self.spec.jump for d, c in zip(due, mean, strict=True)]
             due = [d or (self.spec.renew and self.begun) for d in due]
-        ranked = None
-        self.begun = False
-        if any(due):
-            if self.spec.query == "run":
-                scores = self._scores(keys, torch.stack(self.runs.queries).mean(0))
-            scores = self._scores(keys, q) if scores is None else scores
-            units = self._reduced(scores)
-            if self.spec.outliers:
-                agree = [_least_cosine(keys[0][unit]) for unit in self.units]
-                for unit in sorted(range(len(agree)), key=agree.__getitem__)[: self.spec.outliers]:
-                    units[:, unit] = float("inf")
-            ranked = units.tolist()
-            if self.spec.form != "page":
-                owner = {at: u for u, unit in enumerate(self.units) for at in unit}
-                ranked = [[line[owner[at]] for at in range(len(owner))] for line in ranked]
-            each = due if choosers > 1 else due * len(q)
-            self.asked = [q[g] if each[g] else self.asked[g] for g in range(len(q))]
-        self.posts[self.layer, self.head, row] = (due, ranked)
-        return due, ranked
+        if self.asks is not None and self.asks.due(row):
+            due = [True] * choosers
+        return due
 
     def _scores(self, keys, q) -> torch.Tensor:
         """[G,U]."""
@@ -163,6 +182,20 @@ class Reading:
             for query in q
         ]
         return torch.tensor(lines, dtype=torch.float64)
+
+    def _units(self, row: int, scores) -> torch.Tensor:
+        """[C,U], by which units are chosen."""
+        if self.asks is None:
+            return self._reduced(scores)
+        members = [[self.bulk[at] for at in unit] for unit in self.units]
+        return self.asks.ranked(row, members, self._score, self._reduced)
+
+    def _upper(self, keys, q) -> torch.Tensor:
+        """[C,N] of units that are put together, where units are of several entries."""
+        coarse, units = self.spec.search.get("coarse", 1), self.units
+        self.units = [[e for unit in units[at : at + coarse] for e in unit] for at in range(0, len(units), coarse)]
+        scores, self.units = self._scores(keys, q), units
+        return self._reduced(scores)
 
     def _reduced(self, scores: torch.Tensor) -> torch.Tensor:
         """[C,U]."""
@@ -183,7 +216,7 @@ class Reading:
         name, rank = self.spec.summary, self.spec.rank
         if name == "minmax":
             return float(torch.maximum(q * k.amin(0), q * k.amax(0)).sum())
-        if name in ("mean", "root-mean"):
+        if name in ("mean", "root-mean", "attended"):
             return float(q @ k.mean(0)) * (len(k) ** 0.5 if name == "root-mean" else 1)
         if name == "keys" and rank:
             top = sorted(range(len(q)), key=lambda c: -abs(float(q[c])))[:rank]
@@ -195,6 +228,10 @@ class Reading:
             if self.spec.bits:
                 labels = torch.stack([_in_codes(label, 2**self.spec.bits - 1) for label in labels])
             return float((labels @ q[order]).max())
+        if name == "between":
+            assert self.spec.table is not None
+            weight = float(self.spec.table[self.layer, self.head])
+            return float(q @ (weight * k.amax(0) + (1 - weight) * k.amin(0)))
         if name == "low-rank":
             assert self.spec.table is not None
             basis = self.spec.table[self.layer, self.head, :, :rank].double()
@@ -214,7 +251,7 @@ class Reading:
                 self.units += [[] for _ in range(number + 1 - len(self.units))]
                 self.units[number].append(at)
         elif new:
-            labels, count = _clusters(keys[1][new], self.spec.unit)
+            labels, count = clusters(keys[1][new], self.spec.unit)
             self.units += [[at for at, label in zip(new, labels, strict=True) if label == c] for c in range(count)]
             self.clusters = len(self.units)
 
@@ -270,18 +307,3 @@ def _in_codes(x: torch.Tensor, largest: int) -> torch.Tensor:
 def _least_cosine(k: torch.Tensor) -> float:
     mean = k.mean(0)
     return min(float(key @ mean / key.norm() / mean.norm()) for key in k)
-
-
-def _clusters(k: torch.Tensor, unit: int) -> tuple[list[int], int]:
-    """Ten rounds of k-means by cosine around the mean, begun at keys at equal distances."""
-    x, count = k - k.mean(0), -(-len(k) // unit)
-    centroids, labels = [x[c * len(x) // count] for c in range(count)], [0] * len(x)
-    for _ in range(10):
-        labels = [
-            max(range(count), key=lambda c, key=key: float(key @ centroids[c] / centroids[c].norm())) for key in x
-        ]
-        for c in range(count):
-            members = [at for at, label in enumerate(labels) if label == c]
-            if members:
-                centroids[c] = x[members].mean(0)
-    return labels, count

@@ -10,6 +10,7 @@ from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import Read
 
+GRAPH = dict(queries=8, nearest=4, degree=3, ef=4, wide=1)
 SMALL: dict[str, Any] = dict(unit=4, sink=1, recent=3)
 CASES: dict[str, dict[str, Any]] = {
     "minmax": {},
@@ -46,6 +47,30 @@ CASES: dict[str, dict[str, Any]] = {
     "own-runs": dict(unit=1, form="run", cut="queries", summary="mean", query="run", whole=1, period=0, renew=True),
     "segments": dict(form="cluster", cut="queries", summary="mean", heads="mean", softmax=True, period=0, renew=True),
     "segment-tails": dict(unit=2, form="cluster", cut="queries", summary="mean", tail="estimate", renew=True, period=4),
+    "graph": dict(unit=1, summary="keys", heads="each", index="graph", search=GRAPH),
+    "graph-of-all": dict(unit=1, summary="keys", index="graph", search=GRAPH | dict(degree=9, wide=3), slow=True),
+    "inverted": dict(unit=1, summary="keys", heads="each", index="cluster", search=dict(entries=3, scan=0.5)),
+    "inverted-once": dict(unit=1, summary="keys", index="cluster", search=dict(entries=2, scan=0.1), period=4),
+    "two-levels": dict(unit=2, summary="minmax", heads="mean", index="pages", search=dict(coarse=2, share=0.5)),
+    "two-levels-each": dict(unit=1, summary="between", heads="each", index="pages", search=dict(coarse=3, share=0.4)),
+    "asked": dict(summary="mean", query="together", asked=5, period=0, bare=True, heads="layer"),
+    "asked-documents": dict(
+        unit=1,
+        form="run",
+        cut="tokens",
+        summary="mean",
+        query="together",
+        asked=3,
+        period=0,
+        positions="contiguous",
+        heads="layer",
+    ),
+    "asked-mean": dict(summary="mean", query="together", asked=4, period=2, bare=True, heads="mean", positions="far"),
+    "asked-each": dict(summary="mean", query="together", asked=50, period=3, positions="contiguous", heads="each"),
+    "bare": dict(summary="minmax", bare=True, heads="mean", positions="contiguous", slow=True, period=2),
+    "probe": dict(summary="attended", rank=2, query="probe", asked=4, bare=True, cosine=True, heads="layer"),
+    "usual-probe": dict(summary="mean", query="probe", asked=3, usual=True, cosine=True, heads="mean", positions="far"),
+    "attended": dict(summary="attended", rank=1, heads="max", positions="far", bare=True),
     "counted": dict(share=(9.0, 6.0, 1.0, 1.0)),
 }
 
@@ -64,6 +89,11 @@ def reading(model: Model, name: str, share: float = 0.4, **slots: Any) -> Plan:
     if options.get("summary") == "channels":
         noise = torch.rand(g.layers, g.kv_heads, g.head_dim, generator=draw)
         options["table"] = noise.argsort(-1).int()
+    if "usual" in options:
+        usual = torch.randn(g.layers, g.kv_heads, g.group, 2, g.head_dim, generator=draw)
+        options["usual"] = usual.abs() + 0.1
+    if options.get("summary") == "between":
+        options["table"] = torch.rand(g.layers, g.kv_heads, 1, generator=draw)
     if options.get("summary") == "low-rank":
         options["table"] = torch.linalg.qr(torch.randn(g.layers, g.kv_heads, 8, 8, generator=draw))[0].contiguous()
     return Plan(name, model.fingerprint, read=Read(shares, **options), **slots)

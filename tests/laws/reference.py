@@ -6,6 +6,7 @@ transformers, and every query row is computed by itself from the set of entries 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import EVERYTHING
+from tests.laws import asking
+from tests.laws.indexes import Looks
 from tests.laws.reading import Posts, Reading
-from tests.laws.selecting import Entry, Selecting
+from tests.laws.scoring import Entry
+from tests.laws.selecting import Selecting
 
 NAME = "dense-reference"
 
@@ -111,6 +115,14 @@ def _attention(  # noqa: C901 (the definition in one piece, to be read from top 
             sink, recent, compensate, everything = 0, window if everything else min(sink + recent, window), False, False
         reads = run.plan is not None and run.plan.read is not None and everything
         reading = Reading(run.plan, layer, head, scale, softcap, run.posts, run.tokens) if reads else None
+        if reading is not None and run.plan.read.index is not None:
+            told = [row for row in range(query.shape[2]) if run.strict or not (run.alone[row] and row)]
+            reading.looks = Looks(run.plan.read, query[0, heads], told)
+        if reading is not None and asking.needed(run.plan.read):
+            move = functools.partial(_turned, module, run)
+            reading.asks = asking.Asks(
+                run.plan.read, layer, head, query[0], key[0], scale, softcap, run.alone, run.strict, move
+            )
         for row in range(query.shape[2]):
             # entries sink … first − 1 were dropped before this row; the row sees all others up to its own
             first = row - recent + 1 if run.strict or run.alone[row] else run.start[row] - recent
@@ -247,6 +259,13 @@ def _moved(module: Any, run: _Run, x: torch.Tensor, source: torch.Tensor, target
     length = torch.nn.functional.pad(length, (0, x.shape[-1] - length.shape[-1]), value=1.0)
     bare = (_wide(rotate(x, x, cos[:, source], -sin[:, source])[0]) / length[:, None]).to(x.dtype)
     return rotate(bare, bare, cos[:, target], sin[:, target])[0]
+
+
+def _turned(module: Any, run: _Run, x: torch.Tensor, source: list[int], target: list[int] | None) -> torch.Tensor:
+    """x [n,D] rotated for positions `source` → for positions `target`, or None: not rotated."""
+    to = torch.tensor([0] * len(source) if target is None else target)
+    moved = _moved(module, run, x[None, None], torch.tensor(source), to)[0, 0]
+    return moved / _stretch(run.tables[module][0][:, :1] if target is None else None, x).flatten()
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

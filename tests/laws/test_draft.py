@@ -18,8 +18,8 @@ from kvtool.cache.trial import Trial
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
-from kvtool.slots import Keep, Read, Select
-from kvtool.speculate import Outcome, speculate
+from kvtool.slots import Draft, Keep, Read, Select
+from kvtool.speculate import Outcome, Rule, speculate
 from tests import models
 from tests.laws import readings
 from tests.laws import test_compositions as compositions
@@ -84,7 +84,7 @@ def greedy(name: str, tokens: int, *, fp32: bool = False) -> list[int]:
 def drafted(model: Model, name: str, steps: int, tokens: int) -> Outcome:
     ids = random_ids(1, 24)
     full, draft = filled(model, None, ids), filled(model, plan(name, model), ids)
-    outcome = speculate(model, full, draft, ids[:, -1:], steps, tokens=tokens)
+    outcome = speculate(model, full, draft, ids[:, -1:], steps, Draft(tokens))
     assert full.get_seq_length() == draft.get_seq_length() == 23 + steps
     return outcome
 
@@ -210,7 +210,7 @@ def p_value(temperature: float, tokens: int) -> float:
     for _ in range(RUNS):  # a branch starts over from the prompt
         sides = SegmentCache(model, prefix=full), SegmentCache(model, made, prefix=draft)
         outcome = speculate(
-            model, *sides, ids[:, -1:], SHORT, tokens=tokens, temperature=temperature, generator=generator
+            model, *sides, ids[:, -1:], SHORT, Draft(tokens), temperature=temperature, generator=generator
         )
         seen[tuple(outcome.tokens[0].tolist())] += 1
         accepted.append(outcome.acceptance)
@@ -230,11 +230,11 @@ def test_another_residual_would_be_found_out(monkeypatch: pytest.MonkeyPatch) ->
     """The law after a rejection is p − q, not p: the test above can tell."""
     right = speculation.verify
 
-    def wrong(logits, drafted, laws, temperature, generator=None):
-        out = right(logits, drafted, laws, temperature, generator)
+    def wrong(logits, drafted, laws, rule):
+        out = right(logits, drafted, laws, rule)
         at = len(out) - 1
         if at < len(drafted):
-            out[at] = speculation.draw(speculation.law(logits[at], temperature), generator)
+            out[at] = speculation.draw(rule.law(logits[at]), rule.generator)
         return out
 
     monkeypatch.setattr(speculation, "verify", wrong)
@@ -248,7 +248,7 @@ def test_two_symbols() -> None:
     logits, first, accepted = torch.stack([p.log(), p.log()]), 0, 0
     for _ in range(runs):
         token = speculation.draw(q, generator)
-        new = speculation.verify(logits, [token], [q], 1.0, generator)
+        new = speculation.verify(logits, [token], [q], Rule(1.0, generator))
         first += new[0] == 0
         accepted += len(new) == 2
     assert chisquare([first, runs - first], [0.3 * runs, 0.7 * runs]).pvalue > 1e-3
@@ -270,8 +270,8 @@ def test_refused(llama: Model) -> None:
     full, draft, token = filled(llama, None, ids), filled(llama, ragged(llama), ids), ids[:, -1:]
     with pytest.raises(InputError, match="one sequence"):
         speculate(llama, full, draft, token.expand(2, 1), 4)
-    with pytest.raises(InputError, match="bad speculation"):
-        speculate(llama, full, draft, token, 4, tokens=0)
+    with pytest.raises(InputError, match="bad draft"):
+        Draft(tokens=0)
     with pytest.raises(InputError, match="bad speculation"):
         speculate(llama, full, draft, token, 4, temperature=math.nan)
     with pytest.raises(InputError, match="full cache verifies"):

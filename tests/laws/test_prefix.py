@@ -58,7 +58,8 @@ def test_methods(case: str, length: int, protocol: str, llama: Model) -> None:
     stepping = plan.keep is not None and plan.keep.select is not None and plan.keep.select.when == "step"
     written_again = plan.store is not None and len(plan.store.chain) > 1
     short = plan.store is not None and plan.store.fits and length <= plan.store.recent
-    if plan.read is not None or stepping or across(plan) or written_again or short:
+    chooses = plan.read is not None and plan.read.chooses
+    if chooses or stepping or across(plan) or written_again or short:
         with pytest.raises(InputError, match=r"cannot be shared|written as one|nothing to fit"):
             equals_separate(model, plan, length, protocol)
     else:

@@ -111,7 +111,8 @@ def test_a_coded_bulk(name: str, unit: int, store: str) -> None:
     close(fed(model, made, IDS, CHUNKS)[0], expected, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["minmax", "tokens", "own-jumps", "wave", "rest", "sentences", "alike", "segments"])
+@pytest.mark.parametrize("name", ["minmax", "tokens", "own-jumps", "wave", "rest", "sentences", "alike", "segments",
+                                  "asked-mean"])  # fmt: skip
 def test_what_a_window_or_a_selection_leaves(name: str) -> None:
     model = models.double("llama")
     nothing = torch.zeros(3, 2)

@@ -7,7 +7,7 @@ import torch
 
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
-from tests.laws.methods import TINY, across, known, on, only, places, ragged
+from tests.laws.methods import TINY, across, known, on, only, places, ragged, sparse
 from tests.laws.reference import dense
 from tests.models import random_ids
 from tests.running import feed, own
@@ -25,6 +25,7 @@ def test_the_reference_without_a_plan_is_the_model(any_model: Model) -> None:
 @places(TINY, turn=1)
 def test_methods(case: str, protocol: str, model: Model) -> None:
     only(known(case), "the definition does not know a rule of this selection")
+    only(protocol == "strict" or not sparse(case), "what a prompt reads is defined in tests/cache/prefilling.py")
     model, plan = on(case, model)
     only(not across(plan), "the definition runs layer by layer; see tests/cache/test_pool.py")
     cache = SegmentCache(model, plan, protocol=protocol)

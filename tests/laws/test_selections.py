@@ -27,6 +27,7 @@ from tests.laws.stores import stored
 from tests.laws.test_bytes import grown
 from tests.models import random_ids
 from tests.running import feed, left_padded, own
+from tests.statistics.naive import written_down
 from tests.tolerance import close, error, same
 
 PROMPT = 20
@@ -117,7 +118,8 @@ def test_held_entries_and_bytes_stay_within_the_budget(name: str) -> None:
             else:
                 assert (held <= limit + grew).all()
             if spec.when == "step" and not spec.growing:  # entries, scores and counts of two rows, and queries
-                spare = held.numel() * (64 if spec.slack else 1)  # room in buffers, for the next entry at least
+                # room in buffers: `limit` are held, and a newcomer is attended to before one of them leaves
+                spare = held.numel() * (64 if spec.slack else 1)
                 queries = spec.history * model.geometry.query_heads * model.geometry.layers
                 assert cache.nbytes <= (int(limit.sum()) + spare + queries + 3) * (whole + 32)
 
@@ -263,3 +265,58 @@ def test_counts_meet_neither_stores_nor_reads() -> None:
     model = models.double("llama")
     with pytest.raises(InputError, match="stand for several"):
         SegmentCache(model, stored(model, "two-bits", keep=selecting(model, "neighbours").keep))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("pool", ["none", "mean"])
+def test_an_answer_that_is_told_scores_the_prompt(architecture: str, pool: str) -> None:
+    """By definition: one plain forward of prompt and answer, in which the answer's rows are written out."""
+    model = models.double(architecture)
+    made = selecting(model, "last", observe="answer", pool=pool, kernel=3, recent=3, sink=1)
+    cache, ids = SegmentCache(model, made), random_ids(2, 30, seed=8)
+    cache.tell(ids[:, PROMPT:])
+    feed(model, cache, ids[:, :PROMPT], [PROMPT])
+    cache.finish()
+    group = model.geometry.group
+    full = SegmentCache(model)
+    feed(model, full, ids[:, :PROMPT], [PROMPT])
+    for row in range(2):
+        for layer, seen in enumerate(written_down(model, ids[row])):
+            paid = seen.weights[:, PROMPT:, :PROMPT].double().mean(1)  # no answer's row is masked in the prompt
+            if pool == "mean":
+                padded = torch.nn.functional.pad(paid, (1, 1))
+                paid = sum(padded[:, at : at + PROMPT] for at in range(3)) / 3
+            scores = paid.unflatten(0, (-1, group)).mean(1)
+            held = next(full.segments[layer].lanes()).recall()[0][row]
+            for lane in cache.segments[layer].lanes():
+                for at, head in enumerate(lane.heads):
+                    budget = int(reach(made)[layer, head])
+                    best = 1 + scores[head, 1 : PROMPT - 3].argsort(descending=True)[: budget - 4]
+                    stays = sorted([0, *best.tolist(), *range(PROMPT - 3, PROMPT)])
+                    same(lane.recall()[0][row, at], held[head, stays])
+
+
+def test_an_answer_told_to_rows_with_padding_and_to_a_cache_that_adopts() -> None:
+    model = models.double("llama")
+    made = selecting(model, "last", observe="answer")
+    rows = [random_ids(1, length, seed=length)[0] for length in (27, 18)]
+    ids, mask = left_padded(rows)
+    together = SegmentCache(model, made)
+    together.tell(ids[:, 22:])
+    out = feed(model, together, ids, [22, *[1] * 5], mask=mask)
+    for index, row in enumerate(rows):
+        full, alone = SegmentCache(model), SegmentCache(model, made)
+        full.record_for(made)
+        feed(model, full, row[None, :-5], [len(row) - 5])
+        alone.tell(row[None, -5:])
+        alone.adopt(full)
+        with model.served(), torch.no_grad():
+            steps = [model.network(input_ids=t, past_key_values=alone).logits for t in row[None, -5:].split(1, 1)]
+        close(out[index, -5:], torch.cat(steps, dim=1)[0], torch.float32)
+
+
+def test_an_answer_that_nobody_told_is_refused() -> None:
+    model = models.shared("llama")
+    cache = SegmentCache(model, selecting(model, "last", observe="answer"))
+    with pytest.raises(InputError, match="what the answer is"):
+        feed(model, cache, IDS, [PROMPT, *[1] * 10])

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kvtool import snapshot
+from kvtool.cache.documents import after
+from kvtool.cache.documents import read as read_in
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.state import dump
 from kvtool.errors import InputError
@@ -79,6 +81,37 @@ def test_a_loaded_cache_is_a_prefix_for_many_rows(llama: Model, tmp_path: Path) 
     rows = random_ids(3, 4, seed=4)
     both = [SegmentCache(llama, prefix.plan, prefix=prefix) for prefix in (cache, loaded)]
     same(*(feed(llama, made, rows, [1, 3], shift=PROMPT) for made in both))
+
+
+@pytest.mark.parametrize("name", [None, "four-bits", "two-bits"])
+def test_a_document_goes_on_after_its_prefix(name: str | None, tmp_path: Path) -> None:
+    """The file has the document's own entries, and makes the prefix anew from its tokens."""
+    model = models.double("llama")
+    prefix, ids, rest = (random_ids(1, count, seed=count)[0] for count in (7, PROMPT, 6))
+    plan = None if name is None else stored(model, name)
+    saved = after(model, SegmentCache(model, plan), read_in(model, SegmentCache(model), prefix))
+    read_in(model, saved, ids)
+    path = str(tmp_path / "document.kv")
+    told = snapshot.save(path, model, saved, ids, prefix=prefix)
+    own = [snapshot.save(str(tmp_path / f"{at}"), model, read_in(model, SegmentCache(model), x), x) for at, x in
+           enumerate((prefix, ids))]  # fmt: skip
+    assert (told.origin, told.prefix, told.hash) == (7, own[0].hash, own[1].hash)
+    assert len({told.identity, own[0].identity, own[1].identity}) == 3
+    opened = snapshot.opened(path, model)
+    assert opened.prefix.tolist() == prefix.tolist()
+    assert opened.tokens.tolist() == ids.tolist()
+    assert opened.cache.nbytes <= told.held < saved.nbytes
+    loaded = snapshot.load(path, model)
+    assert loaded.read_bytes == saved.read_bytes
+    same(*(feed(model, cache, rest[None], [4, 1, 1], shift=7 + PROMPT) for cache in (loaded, saved)))
+
+
+@pytest.mark.parametrize("wrong", ["none", "shorter"])
+def test_another_prefix_is_not_saved(wrong: str, llama: Model, tmp_path: Path) -> None:
+    prefix, ids = random_ids(1, 7)[0], random_ids(1, 9)[0]
+    cache = read_in(llama, after(llama, SegmentCache(llama), read_in(llama, SegmentCache(llama), prefix)), ids)
+    with pytest.raises(InputError, match="not the tokens"):
+        snapshot.save(str(tmp_path / "document.kv"), llama, cache, ids, prefix=None if wrong == "none" else prefix[:3])
 
 
 @pytest.mark.parametrize("wrong", ["tokens", "rows", "branch"])

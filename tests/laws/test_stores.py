@@ -1,7 +1,7 @@
 """The laws over every kind of coded segment, with stores that no method makes (`stores.py`).
 
 In fp64, where cache and reference must agree so closely that codes cannot fall on different sides of a rounding
-border; kernels, which compute in fp32, are held to the decoded entries in `tests/cache/test_segments.py`.
+border; kernels, which compute in fp32, are held to the decoded entries in `tests/cache/test_coded.py`.
 """
 
 from __future__ import annotations

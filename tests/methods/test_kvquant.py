@@ -140,7 +140,7 @@ def test_a_plan_holds_all(llama: Model) -> None:
         assert (codec(key).group, codec(value).group) == (1, channels)
         assert codec(key).restored is not None
         assert key.outliers is not None
-        assert key.outliers.count == 4  # two on each side: half of .2 of 16 channels, rounded up
+        assert key.outliers.count == 4  # .2 of 16 channels, rounded up
         for side in (key, value):
             table = codec(side).levels
             assert bool((table.diff() > 0).all())
@@ -194,12 +194,19 @@ def test_what_it_is_compared_with(across: str, llama: Model) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_bytes_are_the_formula(bits: int) -> None:
-    """Eight heads of 128 channels: 12 outliers of 32 bits in 1,024 numbers, and a range of values."""
+    """Eight heads of 128 channels: 11 outliers of 32 bits in 1,024 numbers, and a range of values."""
     x = draw(1, 8, 5, 128)
     sides = unfitted(Options(bits=bits), 128, torch.ones(8, 128), torch.zeros(8, 128))
     for side, extra in zip(sides, (0, 32), strict=True):
         held = sum(part.nbytes for part in side.encode(x).values())
-        assert 8 * held == 5 * (1024 * bits + 12 * 32 + extra)
+        assert 8 * held == 5 * (1024 * bits + 11 * 32 + extra)
+
+
+def test_a_whole_number_of_outliers_is_not_rounded_up() -> None:
+    key, value = unfitted(Options(outliers=0.01), 100, torch.ones(7, 100), torch.zeros(7, 100))
+    assert key.outliers is not None
+    assert value.outliers is not None
+    assert key.outliers.count == value.outliers.count == 7
 
 
 def test_refusals() -> None:

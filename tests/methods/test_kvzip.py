@@ -163,7 +163,7 @@ def test_refused() -> None:
     model = models.shared("llama")
     select = made(model).keep.select
     for options in (dict(when="step"), dict(score="key-norm"), dict(score="expected")):
-        with pytest.raises(InputError, match="written again"):
+        with pytest.raises(InputError, match="pass on trial"):
             replace(select, **options)
     cache = SegmentCache(model, made(model))
     embedded = model.network.get_input_embeddings()(IDS)

@@ -10,6 +10,8 @@ import torch
 from kvtool import plan as plans
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
+from kvtool.corpus.base import Sample
+from kvtool.methods import llm_drop
 from kvtool.plan import Plan, compose
 from kvtool.replay.subject import Subject
 from kvtool.slots import Keep
@@ -19,6 +21,7 @@ from tests.laws.methods import trace
 from tests.laws.test_compositions import bits, selection
 from tests.models import random_ids
 from tests.running import feed, left_padded, own
+from tests.statistics.naive import written_down
 from tests.tolerance import close, error, same
 
 IDS = random_ids(2, 30, seed=5)
@@ -73,6 +76,43 @@ def test_a_dropped_layer_is_one_whose_attention_is_zero(name: str) -> None:
     for index, row in enumerate(rows):
         close(got[index, -len(row) :], expected[index, -len(row) :])
     assert error(got[0], own(model, ids, mask=mask)[0]) > 1e-2
+
+
+def lacking(gone: list[int], ids: torch.Tensor, seed: int) -> torch.Tensor:
+    """s [L] by definition: a model whose attention weights of these layers are zero, run as it is."""
+    cut = models.build("llama", seed)
+    for layer in gone:
+        cut.network.model.layers[layer].self_attn.o_proj.weight.zero_()
+    rows = [torch.cosine_similarity(seen.before, seen.middle, dim=-1).mean() for seen in written_down(cut, ids)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_measured_again_after_every_drop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = models.build("llama", seed), random_ids(1, 40, seed=seed)[0]
+    monkeypatch.setattr(llm_drop, "texts", lambda context, samples, tokens: [Sample(ids, "text")])
+    plan = calibrate("llm-drop", {"drop": 2, "again": True}, model=model)
+    first = lacking([], ids, seed)
+    one = int(first.argmax())
+    second = lacking([one], ids, seed)
+    second[one] = -2
+    other = int(second.argmax())
+    assert plan.provenance["facts"]["dropped"] == [one, other]
+    second[one] = first[one]
+    close(plan.evidence["similarity"], second)
+    assert plan.keep is not None
+    assert plan.keep.gone.nonzero().flatten().tolist() == sorted([one, other])
+
+
+def test_a_layer_that_is_idle_without_another_goes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted case: layer 0 only prepares what layer 1 reads, and layer 2 takes over once that is gone."""
+    whole, less = torch.tensor([0.5, 0.9, 0.8]), torch.tensor([0.95, 1.0, 0.2])
+    monkeypatch.setattr(llm_drop, "texts", lambda context, samples, tokens: [])
+    monkeypatch.setattr(llm_drop, "similarity", lambda model, read, keep: less if keep.gone[1] else whole)
+    plan = calibrate("llm-drop", {"drop": 2, "again": True}, model=models.shared("llama"))
+    assert plan.provenance["facts"]["dropped"] == [1, 0]
+    assert whole.argsort(descending=True)[:2].tolist() == [1, 2]
+    same(plan.evidence["similarity"], torch.tensor([0.95, 0.9, 0.2]))
 
 
 def test_nothing_is_held_or_read() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvtool.calibrate import calibrate
+from kvtool.encoding.codecs import Nested
 from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
 from kvtool.methods.polarquant import at
@@ -66,6 +67,22 @@ def test_bits_as_released(induction: Model) -> None:
     assert bits(plan.store.keys[0], 4, 128) == (4 + 4) / 2 + 32 / 128
     assert plan.store.values[0].lossless
     assert bits(polarquant(induction, values=2).store.values[0], 4, 128) == 3  # type: ignore[union-attr]
+
+
+def test_nested_angles(induction: Model) -> None:
+    """From memory 3.875 bits; a number that stands out is shared among all, so that no entry is worse off for it."""
+    plan = polarquant(induction, form="nested")
+    assert plan.store is not None
+    key, value = plan.store.keys[0], plan.store.values[0]
+    wide = Nested()
+    assert key.codec == value.codec == wide
+    assert sum(x.nbytes for x in wide.encode(entries(1, 1, 8, 128)).values()) * 8 / (8 * 128) == 3.875
+    even, spiky = entries(1, 4, 64, 128), entries(1, 4, 64, 128)
+    spiky[..., 5] *= 50
+    lost = [float((there_and_back(key, x) - x).square().sum() / x.square().sum()) for x in (even, spiky)]
+    assert lost[1] < 1.5 * lost[0]
+    bare = [there_and_back(Encoding(wide), x) for x in (even, spiky)]
+    assert float((bare[1] - spiky)[..., :5].square().sum()) > 3 * float((bare[0] - even)[..., :5].square().sum())
 
 
 def test_turning_query_and_keys_alike_leaves_products() -> None:

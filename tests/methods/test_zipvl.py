@@ -6,16 +6,23 @@ import pytest
 import torch
 
 from kvtool.cache.budgets._base import covering
+from kvtool.cache.lane import Step
+from kvtool.cache.prefills._base import Job
+from kvtool.cache.prefills.columns import Rule
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
+from kvtool.corpus.base import Sample
 from kvtool.errors import InputError
+from kvtool.methods._training import states
 from kvtool.model import Model
 from kvtool.plan import Plan
+from kvtool.rotary import NONE
 from tests import models
 from tests.cache.test_selector import chosen, selector
 from tests.models import random_ids
-from tests.running import feed
+from tests.running import feed, own
 from tests.statistics.naive import written_down
+from tests.tolerance import error
 
 
 def zipvl(model: Model, **settings: object) -> Plan:
@@ -71,3 +78,44 @@ def test_a_budget_lowers_tau_for_all_layers_alike() -> None:
 def test_bad_options(settings: dict[str, object], llama: Model) -> None:
     with pytest.raises(InputError):
         zipvl(llama, **settings)
+
+
+def test_a_sparse_prefill_reads_what_is_kept() -> None:
+    """The first layer's entries depend on tokens alone: what its queries read, by their probes, is what stays."""
+    model, ids = models.double("llama"), random_ids(1, 50, seed=4)
+    made = zipvl(model, tau=0.7, prefill="sparse", block=8, local=2)
+    cache, full = SegmentCache(model, made), SegmentCache(model)
+    feed(model, full, ids, [50])
+    feed(model, cache, ids, [50])
+    layer = cache.segments[0]
+    assert layer.sparse is not None
+    keys = full.segments[0].parts[0].lanes[0].recall()[0]
+    shown = own_queries(model, ids)
+    job = Job(layer.sparse.spec, shown, keys, Step(0, model.geometry.head_dim**-0.5), NONE, 0, no_cuts)
+    listed = Rule(job).listed
+    assert listed is not None
+    cache.finish()
+    kept = layer.parts[0].lanes[0].recall()[0][0, 0]
+    found = (kept[:, None] - keys[0, 0][None]).abs().amax(-1).argmin(1).tolist()
+    assert set(listed[0, 0].nonzero().flatten().tolist()) | {49} == set(found)
+    assert len(found) < 45
+
+
+def own_queries(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """The first layer's queries [1,H,T,D]."""
+    return states(model, Sample(ids[0], "text"))[0].q[None]
+
+
+def no_cuts(low: int, first: int, near: int) -> torch.Tensor:
+    raise AssertionError("columns are not cut")
+
+
+def test_prefill_is_dense_unless_told() -> None:
+    model = models.double("llama")
+    dense, sparse = zipvl(model, tau=0.7), zipvl(model, tau=0.7, prefill="sparse", block=8)
+    assert dense.dense
+    assert not sparse.dense
+    assert zipvl(model, tau=1.0, prefill="sparse").dense
+    ids = random_ids(1, 50, seed=4)
+    cache = SegmentCache(model, sparse)
+    assert error(feed(model, cache, ids, [50]), own(model, ids)) > 1e-2

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from kvtool import registry
+from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.text import text
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.replay.subject import Subject, batches, half
 from kvtool.replay.verdict import task
-from kvtool.slots import Draft
+from kvtool.slots import Draft, Keep, Select
 from tests.replay.conftest import LOSSLESS, windowed
 from tests.running import own
 
@@ -24,9 +25,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "passkey": {"lengths": (200, 260), "depths": (0.2, 0.8), "keys": 2, "batch": 3},
     "needle": {"lengths": (260,), "depths": (0.3, 0.8), "samples": 1},
     "two-hop": {"lengths": (400,), "samples": 2},
+    "graph": {"lengths": (900,), "samples": 2},
+    "order": {"lengths": (400,), "samples": 2},
     "text": {"prompt": 48, "tokens": 6, "samples": 2},
     "generation": {"prompt": 48, "tokens": 6},
     "speed": {"length": 100, "steps": 3, "repeats": 2},
+    "acceptance": {"prompt": 48, "tokens": 12, "samples": 2},
 }
 FED: dict[str, dict[str, Any]] = {"at once": {}, "strict": {"protocol": "strict"}, "chunks": {"chunk": 17}}
 
@@ -127,6 +131,46 @@ def test_the_grid_adds_up(model: Model) -> None:
         assert 0 <= low <= high <= 1
 
 
+@pytest.mark.parametrize("name", ["passkey", "two-hop", "text", "generation", "speed"])
+def test_a_plan_that_looks_ahead_is_told_what_follows(name: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many tokens as its cache is fed after the prompt; where nobody tells it, it is refused."""
+    told: list[torch.Tensor] = []
+    monkeypatch.setattr(SegmentCache, "tell", _noting(SegmentCache.tell, told))
+    shape = (model.geometry.layers, model.geometry.kv_heads)
+    select = Select(torch.full(shape, 0.5), observe="answer", recent=4)
+    keep = Keep.heads(torch.ones(shape), sink=0, recent=1, select=select)
+    subject = Subject(model, Plan("by hand", model.fingerprint, keep=keep))
+    untold = subject.cache("plan", 9)
+    with pytest.raises(InputError, match="nobody said"):
+        subject.prefill(untold, torch.zeros(1, 9, dtype=torch.long))
+    assert run(name, subject).metrics
+    lengths = {"passkey": 5, "text": 6, "generation": 6, "speed": 3}  # digits of a key, tokens, steps; bytes are tokens
+    assert told
+    if name in lengths:
+        assert {tokens.shape[1] for tokens in told} == {lengths[name] + (name == "passkey")}
+
+
+def _noting(tell: Any, told: list[torch.Tensor]) -> Any:
+    def noted(cache: SegmentCache, tokens: torch.Tensor) -> None:
+        told.append(tokens)
+        tell(cache, tokens)
+
+    return noted
+
+
+def test_what_order_costs(model: Model) -> None:
+    """Each order is judged on its own prompts, and the gap is between them."""
+    result = run("order", Subject(model, windowed(model, full=True)))
+    m = result.metrics
+    assert m["order_gap"] == max(m["order_first"], m["order_twice"]) - m["order_plain"]
+    assert {name: m[name] for name in m if not name.endswith("_full")} == {
+        name.removesuffix("_full"): value for name, value in m.items() if name.endswith("_full")
+    }
+    assert {form: found["corpus"]["options"]["form"] for form, found in result.detail.items()} == {
+        "plain": "plain", "first": "first", "twice": "twice"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [name for name in SMALL if hasattr(task(name), "show")])
 def test_tables(name: str, model: Model) -> None:
     columns, rows = task(name).show(run(name, Subject(model, windowed(model))))
@@ -164,3 +208,24 @@ def test_prefill_of_nothing_is_nothing(model: Model) -> None:
 def test_batches_and_halves() -> None:
     assert list(batches([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
     assert [half(("default",)), half(("a.txt", "default")), half(("a.txt",))] == ["held-out", "held-out", None]
+
+
+@pytest.mark.parametrize("fed", FED)
+def test_acceptance_of_any_plan(fed: str, model: Model) -> None:
+    """What is lossless would draft everything; what is not drafts about what it is accepted in use."""
+    m = run("acceptance", Subject(model, windowed(model, full=True), **FED[fed])).metrics
+    assert m == {"greedy_acceptance": 1.0, "sampled_acceptance": pytest.approx(1.0, abs=1e-5)}
+    lossy = windowed(model)
+    m = run("acceptance", Subject(model, lossy, **FED[fed])).metrics
+    assert 0 < m["sampled_acceptance"] < 1
+    drafting = run("acceptance", Subject(model, replace(lossy, draft=Draft(3)), **FED[fed])).metrics
+    assert drafting == m
+
+
+def test_acceptance_by_hand() -> None:
+    full, plan = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    found = task("acceptance").score(full, plan, torch.tensor([1, 0]))
+    p = full[0].softmax(-1).tolist()
+    assert found == {"acceptance": 0.5, "sampled": pytest.approx((p[0] + 2 * p[2] + 1) / 2)}
+    other = {"acceptance": 1.0, "sampled": 1.0}
+    assert task("acceptance").tally([found, other])["acceptance"] == 0.75

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from kvtool.cli import document
 from kvtool.commands import replay as command
 from kvtool.errors import InputError
 from kvtool.model import Model
+from kvtool.parsing._shared import document
 from kvtool.plan import Plan, compose
 from kvtool.replay.subject import Result, Subject
 from kvtool.replay.verdict import Verdict, check, judging, parse, replay, task

@@ -33,6 +33,7 @@ class Seen:
     after: torch.Tensor
     output: torch.Tensor
     scale: float
+    softcap: float | None
     window: int | None
 
     @property
@@ -42,6 +43,13 @@ class Seen:
         row, column = torch.arange(tokens)[:, None], torch.arange(tokens)
         return (column <= row) & (column > row - (self.window or tokens))
 
+    def logits(self, row: int, head: int, end: int) -> torch.Tensor:
+        """Of a KV head's queries at a row with its first `end` keys, fp32 [G,end]."""
+        group = len(self.q) // len(self.k)
+        q, k = self.q[head * group : (head + 1) * group, row].float(), self.k[head, :end].float()
+        logits = self.scale * q @ k.T
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 _calls: list[dict[str, Any]] = []
 
@@ -50,8 +58,9 @@ def _attention(module: Any, query, key, value, attention_mask, scaling=None, **k
     eager = sys.modules[type(module).__module__].eager_attention_forward
     out, weights = eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     _calls.append(
-        dict(weights=weights[0], q=query[0], k=key[0], v=value[0], scale=scaling, window=kwargs.get("sliding_window"))
-    )
+        dict(weights=weights[0], q=query[0], k=key[0], v=value[0], scale=scaling, softcap=kwargs.get("softcap"),
+             window=kwargs.get("sliding_window"))
+    )  # fmt: skip
     return out, weights
 
 

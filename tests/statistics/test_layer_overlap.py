@@ -17,11 +17,10 @@ def test_layer_overlap(any_model: Model) -> None:
     trace, layers = text(any_model.name)
     seen, g = trace["layer-overlap"], any_model.geometry
     overlap, mass = torch.zeros(2, g.layers, g.layers, dtype=torch.float64)
-    cap = getattr(any_model.network.config.get_text_config(), "attn_logit_softcapping", None)
     free = [layer for layer in range(g.layers) if g.windows[layer] is None]
     for row in range(FIRST, TOKENS):
         for head in range(g.kv_heads):
-            looks = [_look(layer, row, head, g.group, cap) for layer in layers]
+            looks = [_look(layer, row, head) for layer in layers]
             for j in free:
                 for i in (i for i in free if i <= j):
                     mass[i, j] += float(looks[j][1][sorted(looks[i][0])].sum()) / g.kv_heads
@@ -31,11 +30,8 @@ def test_layer_overlap(any_model: Model) -> None:
     assert int(seen["rows"]) == TOKENS - FIRST
 
 
-def _look(layer: Seen, row: int, head: int, group: int, cap: float | None) -> tuple[set[int], torch.Tensor]:
+def _look(layer: Seen, row: int, head: int) -> tuple[set[int], torch.Tensor]:
     """The entries that a KV head would choose at a row, and the weights of all, [S]."""
-    q = layer.q[head * group : (head + 1) * group, row].float()
-    logits = layer.scale * q @ layer.k[head, :FIRST].float().T
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
+    logits = layer.logits(row, head, FIRST)
     best = logits.amax(0).argsort(descending=True)[: round(SHARE * FIRST)]
     return set(best.tolist()), logits.softmax(-1).mean(0)

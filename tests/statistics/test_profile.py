@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
-from kvtool.corpus.base import Corpus, Sample
+from kvtool.corpus.base import Corpus, Sample, gather
 from kvtool.model import Model
 from kvtool.profile import profile
 from kvtool.trace import Trace, statistic
@@ -62,3 +63,32 @@ def test_an_interrupted_profile_resumes(llama: Model) -> None:
     for name in ("gram", "maps"):
         for key, tensor in whole[name].state.items():
             close(broken[name][key], tensor, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox"])
+def test_samples_in_one_pass_are_each_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepacking: a row of short samples leaves the trace that a pass for each would leave."""
+    model = models.double(name)
+    samples = tuple(Sample(models.random_ids(1, n, seed=n)[0], "text") for n in (31, 5, 70, 12, 5))
+    made, passes = [], []
+    for room in (2048, 1):
+        monkeypatch.setattr("kvtool.profile.ROW", room)
+        count, plain = [0], model.network.base_model.forward
+
+        def counted(*args: Any, count: list[int] = count, plain: Any = plain, **kwargs: Any) -> Any:
+            count[0] += 1
+            return plain(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.network.base_model, "forward", counted)
+            names = [other for other in STATISTICS if statistic(other).corpus == "text"]
+            made.append(trace(model, {"text": gather("text", samples, seed=0, options={})}, names))
+        passes.append(count[0])
+    assert passes[0] < passes[1]
+    packed, apart = made
+    assert packed.done == apart.done
+    for name in packed.statistics:
+        for key, tensor in apart[name].state.items():
+            finite = tensor.double().isfinite()
+            assert torch.equal(packed[name].state[key].double().isfinite(), finite)
+            close(packed[name].state[key].double()[finite], tensor.double()[finite], torch.float32)

@@ -20,17 +20,18 @@ from kvtool.trace import Trace, statistic
 from tests import models
 from tests.models import random_ids
 from tests.statistics.naive import Seen, written_down
-from tests.statistics.observed import TOKENS
+from tests.statistics.observed import STATISTICS, TOKENS
 from tests.tolerance import close, same
 
-WEIGHED = ("channels", "gram", "neighbours")
+WEIGHED = ("channels", "cross-gram", "gram", "neighbours", "slerp")
+OTHERS = [name for name in STATISTICS if statistic(name).corpus == "text" and name not in WEIGHED]
 
 
 @functools.cache
 def observed(name: str, kind: str, seed: int = 20) -> Trace:
     model = models.shared(name)
     made = Trace(model.fingerprint, weight=kind)
-    made.statistics = {which: statistic(which)(model, model.geometry) for which in (*WEIGHED, "attention")}
+    made.statistics = {which: statistic(which)(model, model.geometry) for which in (*WEIGHED, *OTHERS)}
     sample = Sample(random_ids(1, TOKENS, seed=seed)[0], "text")
     profile(model, made, {"text": gather("text", [sample], seed=0, options={})})
     return made
@@ -60,6 +61,7 @@ def test_flat_attention_weighs_all_alike(kind: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_sums_are_weighted_by_the_columns_of_attention(name: str, kind: str) -> None:
     made = observed(name, kind)
+    below: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for index, layer in enumerate(layers(name)):
         columns = layer.weights.sum((0, 1))
         close(columns.sum(), torch.tensor(float(len(layer.weights) * TOKENS)))
@@ -70,6 +72,12 @@ def test_sums_are_weighted_by_the_columns_of_attention(name: str, kind: str) -> 
         close(made["gram"]["k_pre"][index] / TOKENS, torch.einsum("t,tc,td->cd", weight, flat, flat) / TOKENS,
               torch.float32)  # fmt: skip
         close(made["channels"]["v.sum"][index] / TOKENS, (layer.v * weight[:, None]).mean(1), torch.float32)
+        for theirs, other, k in below[-1:]:  # a pair weighs the geometric mean, or as the upper layer does
+            joint = torch.einsum("t,tc,td->cd", (theirs * weight).sqrt(), other, flat)
+            close(made["cross-gram"]["k_pre"][0, index - 1] / TOKENS, joint / TOKENS, torch.float32)
+            energy = ((k.square() + layer.k.square()) * weight[:, None]).sum((1, 2))
+            close(made["slerp"]["k_energy"][index - 1] / TOKENS, energy / TOKENS, torch.float32)
+        below.append((weight, flat, layer.k))
     close(made["gram"]["q"], observed(name, "uniform")["gram"]["q"])  # queries look, keys are looked at
 
 
@@ -105,8 +113,9 @@ def test_traces_of_other_weights_do_not_merge() -> None:
     assert float(both["gram"]["tokens"]) == 2 * TOKENS
 
 
-def test_what_is_not_a_sum_over_entries_does_not_change() -> None:
-    first, second = (observed("llama", kind)["attention"] for kind in ("uniform", "rsq"))
+@pytest.mark.parametrize("which", OTHERS)
+def test_what_is_not_a_sum_over_entries_does_not_change(which: str) -> None:
+    first, second = (observed("llama", kind)[which] for kind in ("uniform", "rsq"))
     for key in first.rules:
         same(first[key], second[key])
 

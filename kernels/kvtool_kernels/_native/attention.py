@@ -1,7 +1,8 @@
 """Attention over one segment of coded or dense entries, tile by tile with an online softmax.
 
-A unit of work is one split of the entries of one KV head, for up to four query rows. Threads take units until none is
-left; the one that finishes the last split of a head merges the splits.
+A piece of work is a run of tiles of one KV head, for up to four query rows. Heads come in lanes, which may hold other
+numbers of entries in other forms; `schedule.py` deals their tiles out. Threads take workers' shares until none is left;
+the one that finishes the last piece of a head merges its pieces.
 """
 
 from __future__ import annotations
@@ -15,35 +16,44 @@ from numba import float32
 from kvtool_kernels._native.products import inner, outer
 from kvtool_kernels._native.record import (
     BATCH_STRIDE,
-    CHUNK,
     DATA,
     DENSE,
     DONE,
     DTYPE,
-    FIRST_SIDE,
+    ENTRIES,
     FP32,
     HEAD_STRIDE,
-    HEADS,
+    KEYS,
     KIND,
+    LANE,
     LANES,
+    LANES_AT,
     LOGITS,
     LSE,
     OUT,
+    P_BATCH,
+    P_FIRST,
+    P_GROUP,
+    P_HEAD,
+    P_LANE,
+    P_LAST,
+    P_SPLIT,
+    P_SPLITS,
     PART,
-    PASSES,
+    PIECE,
+    PIECES,
     QUERY,
     ROWS,
     SCRATCH,
     SCRATCH_SIZE,
-    SECOND_SIDE,
     SOFTCAP,
-    SPLITS,
+    STARTS,
     STEP,
     THREAD,
     TILE,
     TOKEN,
-    TOKENS,
     UNITS,
+    VALUES,
     WIDTH,
 )
 from kvtool_kernels._native.simd import (
@@ -110,11 +120,11 @@ def softmax(rows, logits, pitch, count, softcap, top, norm, out, width):
 
 
 @inner_loop
-def attend_split(job, batch, head, begin, end, q, scratch, room, top, norm, out, seen):
-    """One unit: out [rows, Dv], not yet normalised, with its maximum and its sum by lane. Logits before the soft cap go
-    to `seen` [rows, entries], if that is somewhere."""
+def attend_split(job, lane, batch, head, begin, end, q, scratch, room, top, norm, out, seen):
+    """One piece: out [rows, Dv], not yet normalised, with its maximum and its sum by SIMD lane. Logits before the soft
+    cap go to `seen` [rows, entries], if that is somewhere."""
     rows, most, softcap = field(job, ROWS), field(job, TILE), read(job, 2 * SOFTCAP)
-    keys, values = job + FIRST_SIDE * 8, job + SECOND_SIDE * 8
+    keys, values = lane + KEYS * 8, lane + VALUES * 8
     width, value_width = field(keys, WIDTH), field(values, WIDTH)
     wide, value_wide = width + -width % LANES, value_width + -value_width % LANES
     side_size = 3 * room + LANES
@@ -142,7 +152,7 @@ def attend_split(job, batch, head, begin, end, q, scratch, room, top, norm, out,
             inner(rows, q, wide, wide, tile, pitch, count, logits, most)
         if seen:
             for r in range(rows):
-                floats(FP32, logits, r * most, count, seen + (r * field(job, TOKENS) + first) * 4)
+                floats(FP32, logits, r * most, count, seen + (r * field(lane, ENTRIES) + first) * 4)
         softmax(rows, logits, most, count, softcap, top, norm, out, value_wide)
         if field(values, KIND) == TOKEN:
             decode(values, batch, head, first, count, value_tile, most, value_scratch, room)
@@ -160,7 +170,7 @@ def attend_split(job, batch, head, begin, end, q, scratch, room, top, norm, out,
 
 @inner_loop
 def merge_splits(splits, rows, parts, size, wide, out, lse):
-    """The splits of one head and pass → out [rows, Dv] and lse [rows]."""
+    """The pieces of one head and pass → out [rows, Dv] and lse [rows]."""
     for r in range(rows):
         peak, norm = NOTHING, float32(0.0)
         for split in range(splits):
@@ -188,30 +198,32 @@ def function() -> int:
         stamp  # noqa: B018  # closed over: part of the key under which the code is kept
         job = address_of(pointer)
         scratch = field(job, SCRATCH) + take(job + THREAD * 8) * field(job, SCRATCH_SIZE)
-        keys, values = job + FIRST_SIDE * 8, job + SECOND_SIDE * 8
-        rows, splits, passes, heads = field(job, ROWS), field(job, SPLITS), field(job, PASSES), field(job, HEADS)
-        wide, width = field(values, WIDTH), field(keys, WIDTH)
+        rows, lanes, starts = field(job, ROWS), field(job, LANES_AT), field(job, STARTS)
+        wide, width = field(lanes + VALUES * 8, WIDTH), field(lanes + KEYS * 8, WIDTH)
         wide, width = wide + -wide % LANES, width + -width % LANES
         room, size = field(job, TILE) * max(wide, width), LANES + rows * LANES + rows * wide
         clear(scratch, field(job, SCRATCH_SIZE) // 4)
         for side in range(2):
             write(scratch + side * (3 * room + LANES) * 4, 0, float32(1.0))
-        unit = take(job)
-        while unit < field(job, UNITS):
-            split, group = unit % splits, unit // splits
-            head, batch = group // passes % heads, group // passes // heads
-            part = field(job, PART) + unit * size * 4
-            begin = split * field(job, CHUNK)
-            end = min(begin + field(job, CHUNK), field(job, TOKENS))
-            q, out = field(job, QUERY) + group * rows * width * 4, part + (LANES + rows * LANES) * 4
-            seen = field(job, LOGITS)
-            if seen:
-                seen += group * rows * field(job, TOKENS) * 4
-            attend_split(job, batch, head, begin, end, q, scratch, room, part, part + LANES * 4, out, seen)
-            if take(field(job, DONE) + group * 8) == splits - 1:
-                parts = field(job, PART) + group * splits * size * 4
-                out, lse = field(job, OUT) + group * rows * wide * 4, field(job, LSE) + group * rows * 4
-                merge_splits(splits, rows, parts, size, wide, out, lse)
-            unit = take(job)
+        worker = take(job)
+        while worker < field(job, UNITS):
+            for number in range(field(starts, worker), field(starts, worker + 1)):
+                piece = field(job, PIECES) + number * PIECE * 8
+                lane, group = lanes + field(piece, P_LANE) * LANE * 8, field(piece, P_GROUP)
+                batch, head, entries = field(piece, P_BATCH), field(piece, P_HEAD), field(lane, ENTRIES)
+                part = field(job, PART) + number * size * 4
+                begin = field(piece, P_FIRST) * field(job, TILE)
+                end = min(field(piece, P_LAST) * field(job, TILE), entries)
+                q, out = field(job, QUERY) + group * rows * width * 4, part + (LANES + rows * LANES) * 4
+                seen = field(job, LOGITS)
+                if seen:
+                    seen += group * rows * entries * 4
+                attend_split(job, lane, batch, head, begin, end, q, scratch, room, part, part + LANES * 4, out, seen)
+                splits = field(piece, P_SPLITS)
+                if take(field(job, DONE) + group * 8) == splits - 1:
+                    parts = field(job, PART) + (number - field(piece, P_SPLIT)) * size * 4
+                    out, lse = field(job, OUT) + group * rows * wide * 4, field(job, LSE) + group * rows * 4
+                    merge_splits(splits, rows, parts, size, wide, out, lse)
+            worker = take(job)
 
     return compiled("void(voidptr)", attend)

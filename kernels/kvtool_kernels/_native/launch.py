@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -9,10 +14,11 @@ from kvtool_kernels._native import attention, decoding, encoding, team
 from kvtool_kernels._native.record import AT_ONCE, FIRST_SIDE, JOB, LANES, PASSES, THREAD, describe, laid_out, padded
 from kvtool_kernels.packed import Layout, Packed
 from kvtool_kernels.quantize.reference import affine
+from kvtool_kernels.schedule import FIRST, HEAD, WORKER, stream_k
 
 TILE = 64  # entries of a tile, or one group where that is larger
-SPLIT, PIECE = 512, 1024  # entries of a unit of work: of attention at least, of decoding
-SHARE = 4  # units per thread, so that none waits long for the last
+SPLIT, PIECE = 512, 1024  # entries of a share of the work: of attention at least, of decoding
+SHARE = 4  # shares per thread, so that none waits long for the last
 
 
 def attend(
@@ -26,36 +32,81 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attend_packed/reference.py`, for readable sides (`record.readable`) and at least one entry and query. Logits
     before the soft cap go to `logits` fp32 [B,H,1,S], if given: for one token and up to AT_ONCE heads a group."""
-    keys, values = laid_out(keys), laid_out(values)
-    heads, entries, value_width = _shape(values)
+    return attend_lanes(q, [(keys, values)], scale=scale, softcap=softcap, logits=logits)
+
+
+def attend_lanes(
+    q: torch.Tensor,
+    lanes: Sequence[tuple[Packed | torch.Tensor, Packed | torch.Tensor]],
+    *,
+    scale: float,
+    softcap: float | None,
+    logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `attend`, of heads that stand one behind the other in lanes, each with entries of its own number and form;
+    widths are alike."""
+    sides = [(laid_out(keys), laid_out(values)) for keys, values in lanes]
+    shapes = [_shape(values) for _, values in sides]
     batch, query_heads, tokens, width = q.shape
+    heads, value_width = sum([shape[0] for shape in shapes]), shapes[0][2]
     count = query_heads // heads * tokens
     passes = -(-count // AT_ONCE)
     rows = -(-count // passes)
-    groups, threads, tile = batch * heads * passes, torch.get_num_threads(), max(_tile(keys), _tile(values))
-    splits = max(1, min(-(-SHARE * threads // groups), entries // SPLIT))
-    chunk = -(-entries // (splits * tile)) * tile
-    splits = -(-entries // chunk)
-    threads = min(threads, groups * splits)
+    threads, tile = torch.get_num_threads(), max([_tile(keys) for keys, _ in sides])
+    entries = batch * passes * sum([shape[0] * shape[1] for shape in shapes])
+    workers = max(1, min(SHARE * threads, entries // SPLIT)) if threads > 1 else 1
+    deal = _dealt(batch, tuple([(shape[0], -(-shape[1] // tile)) for shape in shapes]), passes, workers)
+    groups, threads = batch * heads * passes, min(threads, workers)
     wide, value_wide = padded(width), padded(value_width)
 
     query = _query(q.reshape(batch, heads, count, width), passes * rows, wide, scale)
     room = tile * max(wide, value_wide)
     part, scratch = LANES + rows * LANES + rows * value_wide, 2 * (3 * room + LANES) + rows * tile
-    sizes = [groups * rows * value_wide, groups * splits * part, threads * scratch, groups * rows]
+    sizes = [groups * rows * value_wide, deal.pieces * part, threads * scratch, groups * rows]
     out, parts, workspace, lse = torch.empty(sum(sizes)).split(sizes)  # whole vectors first: they stay aligned
-    job = np.zeros(JOB + groups, dtype=np.int64)  # behind the job: how many splits of each group are done
-    job[:JOB] = [
-        0, 0, groups * splits, heads, entries, tile, chunk, splits, out.data_ptr(), workspace.data_ptr(), 4 * scratch,
-        passes, rows, query.data_ptr(), lse.data_ptr(), parts.data_ptr(), job.ctypes.data + 8 * JOB,
+    told: list[int] = []
+    for (keys, values), shape in zip(sides, shapes, strict=True):
+        told += [*describe(keys), *describe(values), shape[1]]
+    job = np.zeros(
+        FIRST_SIDE + len(told) + groups, dtype=np.int64
+    )  # at the end: how many pieces of each group are done
+    at = job.ctypes.data
+    job[: FIRST_SIDE + len(told)] = [
+        0, 0, workers, 0, 0, tile, 0, 0, out.data_ptr(), workspace.data_ptr(), 4 * scratch,
+        passes, rows, query.data_ptr(), lse.data_ptr(), parts.data_ptr(), at + 8 * (FIRST_SIDE + len(told)),
         int(np.float32(softcap or 0.0).view(np.int32)), 0 if logits is None else logits.data_ptr(),
-        *describe(keys), *describe(values),
+        at + 8 * FIRST_SIDE, *deal.at, *told,
     ]  # fmt: skip
     team.run(attention.function(), job, threads)
     shape = (batch, query_heads, tokens)
     out = out.view(batch, heads, passes * rows, value_wide)[:, :, :count, :value_width]
     lse = lse.view(batch, heads, passes * rows)[:, :, :count]
     return out.reshape(*shape, value_width).to(q.dtype), lse.reshape(shape)
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """How many pieces there are, the addresses of their table and of each worker's first, and the two tables."""
+
+    pieces: int
+    at: tuple[int, int]
+    tables: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def _dealt(batch: int, lanes: tuple[tuple[int, int], ...], passes: int, workers: int) -> _Deal:
+    """The pieces of lanes of (heads, tiles) each. They are the same from one step to the next, until a tile is full."""
+    heads = sum(count for count, _ in lanes)
+    firsts = np.cumsum([0, *(count for count, _ in lanes)])
+    each = np.array([
+        (number, row, head, ((row * heads) + firsts[number] + head) * passes + part, tiles)
+        for row in range(batch) for number, (count, tiles) in enumerate(lanes)
+        for head in range(count) for part in range(passes)
+    ], dtype=np.int64)  # fmt: skip
+    deal = stream_k(each[:, -1].tolist(), workers)
+    starts = np.searchsorted(deal[:, WORKER], np.arange(workers + 1))
+    table = np.ascontiguousarray(np.concatenate([each[deal[:, HEAD], :-1], deal[:, FIRST:]], axis=1))
+    return _Deal(len(table), (table.ctypes.data, starts.ctypes.data), (table, starts))
 
 
 def dequantize(packed: Packed) -> torch.Tensor:

@@ -28,13 +28,15 @@ PER_RUN, PER_LANE = 63, 0  # values of SHIFT: a scale serves 2^SHIFT codes of a 
 ) = (*range(20), 22, 25)  # fmt: skip
 SIDE = 28  # PLANE, LENGTH and TAKEN are three fields each: the function, its bytes per run, the bits below
 
-# A job: attention has two sides, decoding one.
+# A job: decoding has one side, attention two for each lane, which LANES_AT points to.
 (
     NEXT, THREAD, UNITS, HEADS, TOKENS, TILE, CHUNK, SPLITS, OUT, SCRATCH, SCRATCH_SIZE,
-    PASSES, ROWS, QUERY, LSE, PART, DONE, SOFTCAP, LOGITS, FIRST_SIDE,
-) = range(20)  # fmt: skip
-SECOND_SIDE = FIRST_SIDE + SIDE
-JOB = SECOND_SIDE + SIDE
+    PASSES, ROWS, QUERY, LSE, PART, DONE, SOFTCAP, LOGITS, LANES_AT, PIECES, STARTS, FIRST_SIDE,
+) = range(23)  # fmt: skip
+JOB = FIRST_SIDE + SIDE
+KEYS, VALUES, ENTRIES, LANE = 0, SIDE, 2 * SIDE, 2 * SIDE + 1  # of a lane: its sides, its entries, its size
+# a piece of attention's work, one row of a table: what `schedule.py` deals out, and where it lies
+P_LANE, P_BATCH, P_HEAD, P_GROUP, P_FIRST, P_LAST, P_SPLIT, P_SPLITS, PIECE = range(9)
 
 
 def padded(width: int) -> int:
@@ -42,9 +44,12 @@ def padded(width: int) -> int:
     return -(-width // LANES) * LANES
 
 
-def served(q: torch.Tensor, keys: Packed | torch.Tensor, values: Packed | torch.Tensor) -> bool:
-    """Whether the loops can attend: few queries, sides that they can read, and nothing to differentiate."""
-    heads = (values.codes if isinstance(values, Packed) else values).shape[1]
+def served(
+    q: torch.Tensor, keys: Packed | torch.Tensor, values: Packed | torch.Tensor, heads: int | None = None
+) -> bool:
+    """Whether the loops can attend: few queries, sides that they can read, and nothing to differentiate. heads: the KV
+    heads of q, where these are some of them."""
+    heads = heads or (values.codes if isinstance(values, Packed) else values).shape[1]
     tensors = (q, *(side for side in (keys, values) if isinstance(side, torch.Tensor)))
     fixed = not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
     return fixed and q.shape[1] // heads * q.shape[2] <= FEW and readable(keys) and readable(values)

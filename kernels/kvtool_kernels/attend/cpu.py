@@ -8,6 +8,8 @@ entries of a head among the cores; the flash kernel divides heads only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kvtool_kernels._native.record import AT_ONCE, served
@@ -68,6 +70,22 @@ def scored(
     logits = torch.empty(*q.shape[:3], entries)
     out, lse = launch.attend(q, k, v, scale=scale, softcap=softcap, logits=logits)
     return out, lse, logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def ragged(
+    q: torch.Tensor, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], *, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.ragged`."""
+    heads, width = sum([keys.shape[1] for keys in k]), q.shape[-1]
+    entries = sum([keys.shape[1] * keys.shape[2] for keys in k])
+    if entries >= LONG * heads // len(k) and all(
+        keys.shape[2] and keys.shape[3] == values.shape[3] == width and served(q, keys, values, heads)
+        for keys, values in zip(k, v, strict=True)
+    ):
+        from kvtool_kernels._native import launch  # only where it pays: Numba is slow to import
+
+        return launch.attend_lanes(q, list(zip(k, v, strict=True)), scale=scale, softcap=softcap)
+    return reference.by_lane(attend, q, k, v, scale=scale, softcap=softcap)
 
 
 def _masked(

@@ -9,6 +9,9 @@ the neutral element of `merge`. All arithmetic is fp32 at least.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from kvtool_kernels.precision import wide
@@ -21,8 +24,27 @@ def scored(
     return *attend(q, k, v, scale=scale, softcap=softcap), logits(q, k, scale=scale, softcap=softcap)
 
 
+def ragged(
+    q: torch.Tensor, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], *, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` for heads that hold different numbers of entries: q [B,H,T,D], k_i and v_i [B,K_i,S_i,D] of its KV heads
+    one behind the other, Σ K_i = K → out [B,H,T,D], lse [B,H,T]."""
+    return by_lane(attend, q, k, v, scale=scale, softcap=softcap)
+
+
+def by_lane(
+    kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]], q: torch.Tensor, k: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor], **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`ragged`, a call of `kernel` for each k_i and v_i."""
+    group = q.shape[1] // sum(keys.shape[1] for keys in k)
+    parts = q.split([group * keys.shape[1] for keys in k], 1)
+    outs, lses = zip(*(kernel(*each, **options) for each in zip(parts, k, v, strict=True)), strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
 def logits(q: torch.Tensor, k: torch.Tensor, *, scale: float, softcap: float | None = None) -> torch.Tensor:
-    """q [B,H,1,D] with k [B,K,S,D], scaled and capped, [B,H,1,S] in fp32 at least."""
+    """q [B,H,T,D] with k [B,K,S,D], scaled and capped, [B,H,T,S] in fp32 at least; nothing is hidden."""
     grouped = scale * wide(q).reshape(len(q), k.shape[1], -1, q.shape[-1])
     found = (grouped @ wide(k).mT).reshape(*q.shape[:3], k.shape[2])
     return found if softcap is None else softcap * torch.tanh(found / softcap)

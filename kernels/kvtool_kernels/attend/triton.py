@@ -7,10 +7,13 @@ program ends at its last token's own entry.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from kvtool_kernels.attend import reference
 from kvtool_kernels.tiles import LOG2E, Partials, blocks, capped, channels_last, dot, finish, pad, store, weigh
 
 
@@ -104,3 +107,10 @@ def attend(
             CAUSAL=causal, D=pad(width), DV=pad(value_width), **tile,
         )  # fmt: skip
     return parts.merged()
+
+
+def ragged(
+    q: torch.Tensor, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], *, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.ragged`."""
+    return reference.by_lane(attend, q, k, v, scale=scale, softcap=softcap)

@@ -1,1 +1,1 @@
-"""Pages of entries: their bounds, their scores, and attention over the entries that were chosen."""
+"""Pages of entries: their scores, and attention over the entries that were chosen."""

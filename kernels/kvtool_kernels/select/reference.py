@@ -1,31 +1,21 @@
-"""The definition of `page_bounds`, `page_scores`, `page_entries` and `attend_selected`.
+"""The definition of `page_scores` and `attend_selected`.
 
-A page is `page` consecutive entries. Quest (Tang et al., ICML 2024) bounds every logit of a page from above:
+A page is some consecutive entries. Quest (Tang et al., ICML 2024) bounds every logit of a page from above:
 
     low[c], high[c] = the least and the greatest k_j[c] over the page
     score = Σ_c max(q[c] · low[c], q[c] · high[c])
 
 `attend_selected` is `attend` over listed entries: out and log-sum-exp run over the entries j in the list, each counted
-as often as it is listed; −1 lists none. How scores of a group's queries become one, and how many pages are taken, is
-the caller's policy. All arithmetic is fp32.
+as often as it is listed; −1 lists none. How scores of a group's queries become one, and which pages are taken, is the
+caller's policy. All arithmetic is fp32.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
 from kvtool_kernels.attend.reference import attend
 from kvtool_kernels.precision import wide
-
-
-def page_bounds(k: torch.Tensor, *, page: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """k [B,K,S,D] → low, high [B,K,⌈S/page⌉,D] in k's dtype; the last page may be short."""
-    missing = -k.shape[2] % page
-    low, high = (
-        pad(k, (0, 0, 0, missing), value=filler).unflatten(2, (-1, page)) for filler in (torch.inf, -torch.inf)
-    )
-    return low.amin(3), high.amax(3)
 
 
 def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -37,13 +27,6 @@ def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch
     low, high = (wide(x).transpose(2, 3) for x in (low, high))
     scores = grouped.clamp_min(0) @ high + grouped.clamp_max(0) @ low
     return scores.reshape(*q.shape[:3], -1)
-
-
-def page_entries(scores: torch.Tensor, *, pages: int, page: int, entries: int) -> torch.Tensor:
-    """scores [B,K,P] → the entries of the best `pages` pages in order, int32 [B,K,min(pages, P)·page], −1 beyond S."""
-    best = scores.topk(min(pages, scores.shape[-1]), dim=-1).indices.sort(-1).values
-    listed = (best[..., None] * page + torch.arange(page, device=scores.device)).flatten(-2)
-    return listed.masked_fill(listed >= entries, -1).int()
 
 
 def attend_selected(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-FUNCTIONS = ("page_bounds", "page_scores", "page_entries", "attend_selected")
+FUNCTIONS = ("page_scores", "attend_selected")
 
 
 @dataclass(frozen=True)

@@ -21,5 +21,9 @@ def pooled(mean: torch.Tensor, size: torch.Tensor) -> Parts:
     return (mean,)
 
 
+def squares(parts: Parts) -> torch.Tensor:
+    return wide(parts[0]).square().sum(-1)
+
+
 def score(q: torch.Tensor, parts: Parts, given: Given) -> torch.Tensor:
     return wide(q) @ wide(parts[0]).transpose(-1, -2)

@@ -11,6 +11,7 @@ from kvtool.cache.summaries._base import Given, Parts
 from kvtool_kernels.precision import wide
 
 LOGIT = False
+squares = _mean.squares
 
 
 def summarise(k: torch.Tensor, given: Given) -> Parts:

@@ -5,6 +5,7 @@ from kvtool.encoding.codecs._groups import written
 from kvtool.encoding.codecs.affine import Affine
 from kvtool.encoding.codecs.delta import Delta
 from kvtool.encoding.codecs.levels import Levels
+from kvtool.encoding.codecs.nested import Nested
 from kvtool.encoding.codecs.polar import Polar
 from kvtool.encoding.codecs.raw import FLOATS, Raw
 from kvtool.encoding.codecs.sketched import Sketched
@@ -13,6 +14,6 @@ from kvtool.encoding.codecs.split import Split
 from kvtool.encoding.codecs.ternary import Ternary
 
 __all__ = [
-    "FLOATS", "Affine", "Codec", "Delta", "Levels", "Parts", "Polar", "Raw", "Sketched", "Slerp", "Split", "Ternary",
-    "written",
+    "FLOATS", "Affine", "Codec", "Delta", "Levels", "Nested", "Parts", "Polar", "Raw", "Sketched", "Slerp", "Split",
+    "Ternary", "written",
 ]  # fmt: skip

@@ -45,10 +45,10 @@ class Names:
 def judged(subject: Subject, corpus: Corpus, options: Options, names: Names, progress: Progress) -> Result:
     """Both sides' shares of answers. `progress` is called once a prompt."""
     hits: dict[str, dict[tuple[int, float], list[bool]]] = {side: {} for side in SIDES}
-    for group in grouped(corpus.samples, options):
+    for group in grouped(corpus.samples, options, foretold=subject.plan.foretold):
         tokens = prompts(group)
         end = tokens.shape[1] - 1 if options.ask == "known" else split(group[0])
-        caches = subject.both(tokens[:, :end])
+        caches = subject.both(tokens[:, :end], torch.cat([tokens[:, end:], answers(group)[:, :-1]], dim=1))
         for side in SIDES:
             if end < tokens.shape[1] - 1:
                 forced(subject.model, caches[side], tokens[:, end:-1])
@@ -74,13 +74,16 @@ def split(sample: Sample) -> int:
     return sample.question
 
 
-def grouped(samples: Sequence[Sample], options: Options) -> Iterable[list[Sample]]:
-    """Samples of one length, at most `batch` at a time; of one length of question, if that is asked after."""
+def grouped(samples: Sequence[Sample], options: Options, *, foretold: bool = False) -> Iterable[list[Sample]]:
+    """Samples of one length, at most `batch` at a time, whose tokens are as many; of one length of question, if that is
+    asked after, and of one length of answer, if that is foretold."""
     for length in options.lengths:
-        alike: dict[int | None, list[Sample]] = {}
+        alike: dict[tuple[int, int | None, int], list[Sample]] = {}
         for sample in samples:
             if sample.length == length:
-                alike.setdefault(sample.question if options.ask == "after" else None, []).append(sample)
+                asked = sample.question if options.ask == "after" else None
+                told = len(_answer(sample)) if foretold else 0
+                alike.setdefault((len(sample.tokens), asked, told), []).append(sample)
         for group in alike.values():
             yield from batches(group, options.batch)
 
@@ -90,11 +93,22 @@ def prompts(group: Sequence[Sample]) -> torch.Tensor:
     return torch.stack([sample.tokens for sample in group])
 
 
+def answers(group: Sequence[Sample]) -> torch.Tensor:
+    """Answers → int64 [B,A], as long as the shortest."""
+    shortest = min(len(_answer(sample)) for sample in group)
+    return torch.stack([_answer(sample)[:shortest] for sample in group])
+
+
+def _answer(sample: Sample) -> torch.Tensor:
+    assert sample.answer is not None
+    return sample.answer
+
+
 def recalled(subject: Subject, cache: SegmentCache, group: Sequence[Sample]) -> list[bool]:
     """Is each sample's whole answer what follows greedily? `cache` has seen the prompts but for their last token."""
-    answers = [sample.answer for sample in group if sample.answer is not None]
-    out = subject.greedy(cache, prompts(group)[:, -1:], max(map(len, answers)))
-    return [torch.equal(row[: len(answer)], answer) for row, answer in zip(out, answers, strict=True)]
+    wanted = [_answer(sample) for sample in group]
+    out = subject.greedy(cache, prompts(group)[:, -1:], max(map(len, wanted)))
+    return [torch.equal(row[: len(answer)], answer) for row, answer in zip(out, wanted, strict=True)]
 
 
 def interval(hits: Sequence[bool]) -> tuple[float, float]:

@@ -39,7 +39,7 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         half=half(options.source),
     )  # fmt: skip
     prompt = corpus.samples[0].tokens[None]
-    caches = subject.both(prompt[:, :-1])
+    caches = subject.both(prompt[:, :-1], _expected(subject, prompt, options.tokens))
     written: dict[str, list[int]] = {}
     metrics: dict[str, float] = {}
     facts: dict[str, Any] = {}
@@ -59,14 +59,25 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
     return Result(metrics, {**detail, "tokens": options.tokens, **facts})
 
 
+def _expected(subject: Subject, prompt: torch.Tensor, steps: int) -> torch.Tensor:
+    """What the full cache is fed after the prompt int64 [1,T] but for its last token, for plans that look ahead."""
+    if not subject.plan.foretold:
+        return prompt[:, -1:]
+    cache = subject.cache("full", prompt.shape[1])
+    subject.prefill(cache, prompt[:, :-1])
+    return torch.cat([prompt[:, -1:], subject.greedy(cache, prompt[:, -1:], steps)[:, :-1]], dim=1)
+
+
 def _drafted(
     subject: Subject, caches: dict[str, SegmentCache], token: torch.Tensor, steps: int
 ) -> tuple[list[int], dict[str, float], dict[str, Any]]:
     """The tokens, metrics and facts of speculation after `token` int64 [1,1]."""
     assert subject.plan.draft is not None
-    out = speculate(subject.model, caches["full"], caches["plan"], token, steps, tokens=subject.plan.draft.tokens)
+    below = subject.below(caches["full"])
+    out = speculate(subject.model, caches["full"], caches["plan"], token, steps, subject.plan.draft, below=below)
     metrics = {"acceptance": out.acceptance, "tokens_per_pass": out.tokens_per_pass}
     facts = {"proposed": out.proposed, "accepted": out.accepted, "passes": out.passes, "near_ties": out.near_ties}
+    facts |= {"drafting_passes": out.drafting}
     return out.tokens[0].tolist(), metrics, facts
 
 

@@ -52,7 +52,7 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
     caches: dict[str, list[SegmentCache]] = {}
     for _ in range(options.repeats):
         for side in SIDES:
-            seconds, caches[side] = _timed(partial(_filled, subject, side, prompt))
+            seconds, caches[side] = _timed(partial(_filled, subject, side, prompt, options.steps))
             prefill[side].append(seconds)
             progress("prefill time")
     held = {side: sum(cache.nbytes for cache in caches[side]) for side in SIDES}
@@ -63,12 +63,15 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
             decode[side].append(_timed(partial(subject.step, caches[side][0], token))[0])
         progress("decode time")
     if drafts is not None:
-        full, draft = caches["plan"]
-        each = full.read_bytes, draft.read_bytes
-        work = partial(speculate, subject.model, full, draft, token, options.steps, tokens=drafts.tokens)
+        full, draft, *below = caches["plan"]
+        each = [cache.read_bytes for cache in caches["plan"]]
+        work = partial(
+            speculate, subject.model, full, draft, token, options.steps, drafts, below=below[0] if below else None
+        )
         seconds, out = _timed(work)
         decode["plan"].append(seconds / options.steps)
-        read["plan"] = (out.passes * each[0] + out.proposed * each[1]) / options.steps
+        passes = (out.passes, *out.drafting)
+        read["plan"] = sum(count * bytes for count, bytes in zip(passes, each, strict=True)) / options.steps
     median = {side: (statistics.median(prefill[side]), statistics.median(decode[side])) for side in SIDES}
     metrics = {
         "bytes_held": float(held["plan"]),
@@ -76,7 +79,7 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         "bytes_ratio": held["plan"] / held["full"],
         "bytes_read": read["plan"],
         "bytes_read_full": read["full"],
-        "bytes_moved": float(caches["plan"][-1].moved_bytes),
+        "bytes_moved": float(sum(cache.moved_bytes for cache in caches["plan"])),
         "prefill_seconds": median["plan"][0],
         "prefill_seconds_full": median["full"][0],
         "prefill_ratio": median["plan"][0] / median["full"][0],
@@ -84,14 +87,19 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         "decode_seconds_full": median["full"][1],
         "decode_ratio": median["plan"][1] / median["full"][1],
     }
-    return Result(metrics, {"length": options.length, "entries": caches["plan"][-1].entries().tolist()})
+    own = caches["plan"][0 if drafts is None else 1]
+    return Result(metrics, {"length": options.length, "entries": own.entries().tolist()})
 
 
-def _filled(subject: Subject, side: str, prompt: torch.Tensor) -> list[SegmentCache]:
-    """What a side holds after the prompt int64 [1,T]: one cache, or the full one and the draft's."""
+def _filled(subject: Subject, side: str, prompt: torch.Tensor, steps: int) -> list[SegmentCache]:
+    """What a side holds after the prompt int64 [1,T]: one cache, or the full one, the draft's and that below it."""
+    follow = prompt[:, -1:].expand(-1, steps)
     if side == "plan" and subject.plan.draft is not None:
-        return list(subject.both(prompt).values())
+        both = list(subject.both(prompt, follow).values())
+        below = subject.below(both[0])
+        return both if below is None else [*both, below]
     cache = subject.cache(side, prompt.shape[1])
+    cache.tell(follow)
     subject.prefill(cache, prompt)
     return [cache]
 

@@ -42,9 +42,10 @@ def run(subject: Subject, options: Options, progress: Progress) -> Result:
         seed=subject.seed, half=half(options.source),
     )  # fmt: skip
     ids = torch.stack([sample.tokens for sample in corpus.samples])
-    caches = subject.both(ids[:, : options.prompt - 1])
+    first = options.prompt - 1
+    caches = subject.both(ids[:, :first], ids[:, first:-1])
     totals = {"full": 0.0, "plan": 0.0, "kl": 0.0, "agreement": 0.0}
-    for at in range(options.prompt - 1, ids.shape[1] - 1):
+    for at in range(first, ids.shape[1] - 1):
         target = ids[:, at + 1]
         logs = {side: torch.log_softmax(subject.step(caches[side], ids[:, at : at + 1]).cpu(), -1) for side in SIDES}
         for side in SIDES:

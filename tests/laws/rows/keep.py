@@ -156,7 +156,12 @@ ROWS = {
         ladder=(*(dict(budget=share, window=2, kernel=3) for share in (0.05, 0.2, 0.5)), dict(budget=900)),
     ),
     "zipvl": Row(
-        tiny=(dict(tau=0.6), dict(budget=0.4, observe="all"), CALIBRATED | dict(tau=0.7)),
+        tiny=(
+            dict(tau=0.6),
+            dict(budget=0.4, observe="all"),
+            CALIBRATED | dict(tau=0.7),
+            dict(tau=0.6, prefill="sparse", block=4, local=1),
+        ),
         lossless=(dict(tau=1.0),),
         ladder=tuple(dict(tau=tau) for tau in (0.05, 0.3, 0.7, 1.0)),
     ),
@@ -184,9 +189,19 @@ ROWS = {
         ladder=tuple(SPANS | dict(buffer=count) for count in (0, 2, 5, 900)),
     ),
     "mpcache": Row(
-        tiny=(dict(budget=0.4, **BRIEF), dict(budget=0.4, cap=0.5, code=True, **BRIEF)),
-        lossless=(dict(mode="fixed", threshold=0.0),),
-        ladder=tuple(dict(mode="fixed", threshold=0.0, cap=share) for share in (0.05, 0.2, 0.5, 1.0)),
+        tiny=(
+            dict(budget=0.4, part="static", **BRIEF),
+            dict(budget=0.7, cap=0.5, code=True, upper=4, lower=2, second=0.4, sink=2, **BRIEF),
+            dict(part="dynamic", upper=6, lower=2, first=0.3, second=0.3, alpha=0.2, heads="each", sink=1),
+        ),
+        lossless=(
+            dict(mode="fixed", threshold=0.0, first=1.0, second=1.0),
+            dict(part="dynamic", upper=4, lower=1, second=1.0, share=2),
+        ),
+        ladder=tuple(
+            dict(mode="fixed", threshold=0.0, upper=4, lower=2, first=share, second=share, sink=0, cap=share)
+            for share in (0.05, 0.2, 0.5, 1.0)
+        ),
     ),
     "rlkv": Row(
         tiny=(RLKV | dict(full=0.4, sink=2, recent=5, solved=False),),

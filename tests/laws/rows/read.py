@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from tests.laws.rows._base import Row
+from tests.laws.rows._base import Options, Row
 
 MARKS = tuple(chr(code) for code in range(33, 127, 4))  # of random tokens, about every fifth ends a sentence
+
+DHSA: Options = dict(
+    budget=0.3, block=4, sink=0, local=1, dense=2, window=2, apart=2, most=3, samples=4, tokens=40, steps=2, width=4,
+    hidden=4,
+)  # fmt: skip
 
 ROWS = {
     "quest": Row(
@@ -19,6 +24,56 @@ ROWS = {
         ),
         lossless=(dict(budget=1.0, channels=8), dict(recent=900, channels=8)),
         ladder=tuple(dict(budget=share, channels=8, dense=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
+    ),
+    "actqkv": Row(
+        tiny=(
+            dict(budget=0.3, unit=4, keys=2, asked=3, sink=1, recent=3),
+            dict(
+                budget=8,
+                unit=2,
+                keys=1,
+                asked=1,
+                mode="prompt",
+                positions="far",
+                heads="each",
+                dense=1,
+                sink=2,
+                recent=2,
+                slow=False,
+            ),
+        ),
+        lossless=(dict(budget=1.0, unit=4, positions="far"), dict(recent=900)),
+        ladder=tuple(
+            dict(budget=share, unit=8, keys=1, asked=8, mode="prompt", sink=0, recent=1)
+            for share in (0.05, 0.2, 0.5, 1.0)
+        ),
+    ),
+    "rekv": Row(
+        tiny=(
+            dict(budget=0.3, unit=4, asked=5, sink=1, recent=3),
+            dict(
+                budget=6,
+                blocks="documents",
+                marks=MARKS,
+                asked=3,
+                positions="contiguous",
+                heads="mean",
+                dense=1,
+                sink=2,
+                recent=2,
+                period=3,
+                slow=False,
+            ),
+        ),
+        lossless=(dict(budget=1.0, unit=4, positions="contiguous"), dict(recent=900)),
+        ladder=tuple(
+            dict(budget=share, unit=8, asked=8, period=4, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)
+        ),
+    ),
+    "dhsa": Row(  # decode steps read everything, so that there is no ladder of their errors
+        tiny=(DHSA, dict(budget=6, mode="vertical-slash", block=4, sink=1, local=1, dense=1)),
+        lossless=(dict(budget=1.0, mode="blocks"), dict(budget=900, mode="labels")),
+        ladder=(),
     ),
     "louiskv": Row(
         tiny=(
@@ -48,6 +103,17 @@ ROWS = {
         lossless=(dict(budget=1.0, unit=4), dict(recent=900)),
         ladder=tuple(dict(budget=share, estimated=0, unit=4, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
     ),
+    "retrieval-attention": Row(
+        tiny=(
+            dict(budget=0.2, queries=16, nearest=4, degree=3, ef=3, sink=1, recent=3),
+            dict(budget=5, index="cluster", entries=3, scan=0.3, dense=1, sink=0, recent=1, slow=False),
+            dict(budget=3, index="flat", sink=2, recent=1, evidence=False),
+        ),
+        lossless=(dict(budget=1.0, sink=2, recent=4), dict(recent=900, index="cluster")),
+        ladder=tuple(
+            dict(budget=share, nearest=2, degree=1, ef=1, wide=1, sink=0, recent=1) for share in (0.05, 0.2, 0.5, 1.0)
+        ),
+    ),
     "shadowkv": Row(
         tiny=(
             dict(budget=0.3, rank=0.5, chunk=4, outliers=1, local=1),
@@ -76,5 +142,12 @@ ROWS = {
         lossless=(dict(budget=1.0), dict(mode="published", recent=900)),
         ladder=tuple(dict(budget=share, dense=0, selectors=1, recent=1) for share in (0.05, 0.2, 0.5, 1.0)),
     ),
+    "ape": Row(tiny=(), lossless=(dict(mode="given", temperature=1.0, scale=1.0), dict(mode="given")), ladder=()),
     "draft": Row(tiny=(), lossless=({}, dict(tokens=1)), ladder=()),
+    "triforce": Row(
+        tiny=(dict(budget=0.4, chunk=4), dict(budget=8, chunk=3, group="max", tail="grow", window=5)),
+        lossless=(dict(budget=1.0, tail="grow"), dict(budget=900)),
+        ladder=tuple(dict(budget=share, chunk=2, tail="grow") for share in (0.05, 0.2, 0.5, 1.0)),
+    ),
+    "rapid": Row(tiny=(), lossless=({},), ladder=()),
 }

@@ -48,8 +48,8 @@ ROWS = {
         loss=1e-3,  # keys made of zeros and ones survive much
     ),
     "kvquant": Row(
-        tiny=(
-            dict(bits=2, recent=3, block=8, **BRIEF),
+        tiny=(  # two outliers: the first layer's keys are the token's, and in the text that was read two channels tie
+            dict(bits=2, outliers=0.1, recent=3, block=8, **BRIEF),
             dict(bits=3, outliers=0.2, across="head", weights="scaled", sink=1, block=4, **BRIEF),
         ),
         lossless=(dict(recent=900, block=8, **BRIEF),),
@@ -127,7 +127,7 @@ ROWS = {
     "polarquant": Row(
         tiny=(
             dict(angle=3, radius=2, group=8, values=3, value_group=8, recent=3, block=8),
-            dict(angle=4, radius=4, group=8, block=16, sink=2),
+            dict(form="nested", levels=(4, 3), block=16, sink=2),
         ),
         lossless=(dict(group=8, recent=900, block=8),),
         ladder=(

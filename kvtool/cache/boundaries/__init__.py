@@ -1,0 +1,1 @@
+"""How much of a boundary between chunks of a prompt a place is; one file each."""
