@@ -10,16 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("", "bytes", "passkey", "needle", "two-hop", "perplexity ×", "KL", "top-1", "prefill ×", "calibration")
+RECALLED = ("passkey", "needle", "two-hop")
+TEXT = {"perplexity ×": "perplexity_ratio", "KL": "kl", "top-1": "agreement"}
 
 
 def main(path: str, length: str | None) -> None:
     board = json.loads(Path(path).read_text())
     rows = [row for row in board["rows"] if not row["skipped"]]
-    print(f"| {' | '.join(COLUMNS)} |")
-    print(f"| {' | '.join('---' for _ in COLUMNS)} |")
+    tasks = [task for task in RECALLED if any(_recalled(_found(row, length), task) for row in rows)]
+    columns = ("", "bytes", *tasks, *TEXT, "prefill ×", "calibration")
+    for cells in (columns, ["---"] * len(columns)):
+        print(f"| {' | '.join(cells)} |")
     for row in sorted(rows, key=lambda row: _order(row, length)):
-        print(f"| {' | '.join(_cells(row, length))} |")
+        cells = _cells(row, length, tasks)
+        print(f"| {' | '.join([*cells, *[''] * (len(columns) - len(cells))])} |")
 
 
 def _found(row: dict[str, Any], length: str | None) -> dict[str, Any]:
@@ -32,24 +36,31 @@ def _order(row: dict[str, Any], length: str | None) -> tuple[float, float, str]:
     return -(row["budget"] or (2.0 if row["kind"] == "control" else 1.0)), -sum(quality), row["name"]
 
 
-def _cells(row: dict[str, Any], length: str | None) -> list[str]:
+def _cells(row: dict[str, Any], length: str | None, tasks: list[str]) -> list[str]:
     found = _found(row, length)
     if row["error"] or not found:
-        return [f"`{row['name']}`", row["error"] or "not run", *[""] * (len(COLUMNS) - 2)]
+        return [f"`{row['name']}`", row["error"] or "not run"]
     text, seconds = found["known"].get("text", {}), row["calibration_seconds"]
     return [
         f"`{row['name']}`",
         f"{found['bytes_ratio']:.3f}",
-        *(_recall(found, task) for task in ("passkey", "needle", "two-hop")),
-        *(f"{text[name]:.3f}" if name in text else "" for name in ("perplexity_ratio", "kl", "agreement")),
+        *(_recall(found, task) for task in tasks),
+        *(f"{text[name]:.3f}" if name in text else "" for name in TEXT.values()),
         f"{found['prefill_ratio']:.2f}",
         "" if seconds is None else "none" if seconds < 1 else f"{seconds:.0f} s",
     ]
 
 
 def _recall(found: dict[str, Any], task: str) -> str:
-    shares = [found.get(ask, {}).get(task, {}).get("recall") for ask in ("known", "after")]
-    return "/".join("–" if share is None else f"{share:.2f}" for share in shares)
+    return "/".join("–" if share is None else f"{share:.2f}" for share in _shares(found, task))
+
+
+def _recalled(found: dict[str, Any], task: str) -> bool:
+    return any(share is not None for share in _shares(found, task))
+
+
+def _shares(found: dict[str, Any], task: str) -> list[float | None]:
+    return [found.get(ask, {}).get(task, {}).get("recall") for ask in ("known", "after")]
 
 
 if __name__ == "__main__":
