@@ -25,8 +25,9 @@ from kvtool.corpus import registry as corpora
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"(<!-- options: (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-SYSTEM = 9  # cells of a row of docs/systems.md, with the empty ones before and behind
+SYSTEM = 7  # cells of a row of docs/systems.md
 BUDGET = "0.25"  # whose line of the scoreboard it shows
+RECALLED = ("passkey", "needle", "two-hop")
 
 INTRODUCTION = """\
 # Command line
@@ -75,28 +76,46 @@ def pages() -> dict[Path, str]:
 
 def systems() -> str:
     """The page of the systems, with the scoreboard's numbers in its last column."""
-    board = {row[1].strip("`"): row[2:] for row in map(_cells, (DOCS / "scoreboard.md").read_text().splitlines())
-             if len(row) > 8}  # fmt: skip
+    board, encodings = scoreboard((DOCS / "scoreboard.md").read_text())
     lines = (DOCS / "systems.md").read_text().splitlines()
-    return "\n".join(_scored(line, board) for line in lines) + "\n"
+    return "\n".join(_scored(line, board, encodings) for line in lines) + "\n"
 
 
-def _scored(line: str, board: dict[str, list[str]]) -> str:
+def scoreboard(text: str) -> tuple[dict[str, dict[str, str]], set[str]]:
+    """Rows of the board by name, as column → cell, and the methods that its tables of encodings have."""
+    board, encodings, columns = {}, set(), None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:
+            columns = _cells(line)
+        else:
+            row = dict(zip(columns, _cells(line), strict=True))
+            name = row[columns[0]].strip("`")
+            if "bytes" in row:
+                board[name] = row
+            elif columns[0] == "method":
+                encodings.add(name)
+    return board, encodings
+
+
+def _scored(line: str, board: dict[str, dict[str, str]], encodings: set[str]) -> str:
     """A row of a system whose command names a method gets that method's line, if there is one."""
     named, cells = re.search(r"`--method ([\w-]+)", line), _cells(line)
     if len(cells) != SYSTEM or not named:
         return line
     row = board.get(f"{named[1]}@{BUDGET}", board.get(named[1]))
-    said = "not measured yet"
+    said = "[encodings](scoreboard.md#encodings)" if named[1] in encodings else "not measured yet"
     if row is not None:
-        held, passkey, needle, perplexity = row[:4]
-        said = f"{held}: passkey {passkey}, needle {needle}, perplexity × {perplexity}"
-    return " | ".join([*cells[:-2], f"{said} |"]).lstrip()
+        parts = [f"{task} {row[task]}" for task in RECALLED if row.get(task)]
+        parts += [f"perplexity × {row['perplexity ×']}"] if row["perplexity ×"] else []
+        said = f"{row['bytes']}: {', '.join(parts)}" if parts else row["bytes"]
+    return f"| {' | '.join([*cells[:-1], said])} |"
 
 
 def _cells(line: str) -> list[str]:
-    """The cells of a table's row, with what is before the first bar and behind the last."""
-    return [cell.strip() for cell in line.split("|")]
+    """The cells of a table's row; none of another line."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def command_line() -> str:
