@@ -27,7 +27,7 @@ from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
 
-GOLDEN = "5cdb4702242e733e7c37a3575cc13de1803cb4383e8a4ed4a6412ad437e51fee"
+GOLDEN = "6982ea7a17886c79e04ee5573610e3f4d74f958a8536962cb955774ca425bc6c"
 
 
 def small() -> Plan:
