@@ -19,8 +19,8 @@ import torch
 from _harness import table
 
 from kvtool import snapshot
-from kvtool.cache.documents import after, beside, read
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.share.documents import after, beside, read
 from kvtool.calibrate import calibrate
 from kvtool.corpus.shelves import Kind, Shelf, shelves
 from kvtool.measuring.apart import Apart, divergence, loss, planned

@@ -18,9 +18,9 @@ from _harness import table
 from encoding_cases import CASES, WINDOW
 
 from kvtool.cache.bulk import Bulk
-from kvtool.cache.pool import Member
+from kvtool.cache.keep.thinned import Thinned
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.thinned import Thinned
+from kvtool.cache.store.pool import Member
 from kvtool.calibrate import calibrate, method, reads
 from kvtool.commands import _corpora
 from kvtool.commands.calibrate import TEXT

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from _harness import table
 
-from kvtool.cache.coded import Coded
 from kvtool.cache.lane import Step
 from kvtool.cache.segments import Dense, Segment
+from kvtool.cache.store.coded import Coded
 from kvtool.encoding.codecs import Affine
 from kvtool.encoding.encoding import Encoding
 

@@ -16,7 +16,7 @@ import torch
 from _harness import medians, table
 
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.together import feed, held
+from kvtool.cache.share.together import feed, held
 from kvtool.corpus.text import text
 from kvtool.model import Model, load
 

@@ -8,8 +8,8 @@ are held as their codes, which the file has entropy-coded (`encoding/squeeze.py`
 a file belongs to one model in one dtype, and keys that were written after RoPE to the positions they had. The plan is
 in the file, less its evidence. It knows neither plans nor parts of caches; see `cache/state.py`.
 
-A document that was read after a shared prefix (see `cache/documents.py`) holds nothing of it: the file has the prefix's
-tokens, from which it is made again:
+A document that was read after a shared prefix (see `cache/share/documents.py`) holds nothing of it: the file has the
+prefix's tokens, from which it is made again:
 
     documents = [opened(path, model) for path in paths];   prefix = documents[0].made_prefix(model)
     cache = beside(model, SegmentCache(model), prefix, [document.cache for document in documents])
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from kvtool import files, records
-from kvtool.cache.documents import after, read
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.segment_layer import Part, SegmentLayer
+from kvtool.cache.share.documents import after, read
 from kvtool.cache.state import Document, dump, fill
 from kvtool.encoding.squeeze import Codes, expanded
 from kvtool.errors import InputError

@@ -6,17 +6,17 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from kvtool.cache.board import Board
 from kvtool.cache.bulk import Bulk
-from kvtool.cache.coded import Coded
+from kvtool.cache.keep.selector import Selector
+from kvtool.cache.keep.thinned import Thinned
 from kvtool.cache.lane import Lane
 from kvtool.cache.nothing import Nothing
-from kvtool.cache.pool import Member, Pool
-from kvtool.cache.reader import Place, Reader
-from kvtool.cache.rest import Rest
-from kvtool.cache.selector import Selector
-from kvtool.cache.sparse import Sparse
-from kvtool.cache.thinned import Thinned
+from kvtool.cache.read.board import Board
+from kvtool.cache.read.reader import Place, Reader
+from kvtool.cache.read.sparse import Sparse
+from kvtool.cache.store.coded import Coded
+from kvtool.cache.store.pool import Member, Pool
+from kvtool.cache.store.rest import Rest
 from kvtool.cache.window import Window
 from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError

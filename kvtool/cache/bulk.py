@@ -4,12 +4,12 @@
 
 A block leaves `recent` for the bulk when R + block entries stand there, is encoded once, and is never touched again.
 After t tokens the bulk therefore holds block · ⌊(t − S − R) / block⌋ of them, whatever the prompt's cut, unless a
-selection thinned the prompt first (`thinned.py`). A query never sees the effect of its own token: entries move after
-the attention.
+selection thinned the prompt first (`keep/thinned.py`). A query never sees the effect of its own token: entries move
+after the attention.
 
-Without a store all entries are `recent`. The bulk may be a chain of encodings by age (`tiers.py`). An encoding that
-fits itself to the prompt waits for its end. A branch has the shared entries of what it branched from before all others.
-Shapes as in `lane.py`.
+Without a store all entries are `recent`. The bulk may be a chain of encodings by age (`store/tiers.py`). An encoding
+that fits itself to the prompt waits for its end. A branch has the shared entries of what it branched from before all
+others. Shapes as in `lane.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dataclasses import replace
 
 import torch
 
-from kvtool.cache.coded import Coded
 from kvtool.cache.lane import Lane, Partial, Step, blank
-from kvtool.cache.pool import Member
-from kvtool.cache.reader import Reader
-from kvtool.cache.rest import Rest
+from kvtool.cache.read.reader import Reader
 from kvtool.cache.segments import Dense, Segment
-from kvtool.cache.shared import Shared
-from kvtool.cache.tiers import Tiers
+from kvtool.cache.share.shared import Shared
+from kvtool.cache.store.coded import Coded
+from kvtool.cache.store.pool import Member
+from kvtool.cache.store.rest import Rest
+from kvtool.cache.store.tiers import Tiers
 from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
 from kvtool.rotary import Rotary

@@ -18,7 +18,7 @@ import torch
 from kvtool_kernels.precision import wider
 
 if TYPE_CHECKING:
-    from kvtool.cache.chosen import Chosen
+    from kvtool.cache.read.chosen import Chosen
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 

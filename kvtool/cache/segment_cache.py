@@ -16,14 +16,14 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvtool import conflicts
-from kvtool.cache.asking import recorded
-from kvtool.cache.board import Board
 from kvtool.cache.build import lanes, per_row, sparse
+from kvtool.cache.keep.passes import answer
+from kvtool.cache.keep.rebuild import rebuild
+from kvtool.cache.keep.selection import select
 from kvtool.cache.lane import Lane
-from kvtool.cache.passes import answer
-from kvtool.cache.rebuild import rebuild
+from kvtool.cache.read.asking import recorded
+from kvtool.cache.read.board import Board
 from kvtool.cache.segment_layer import SegmentLayer
-from kvtool.cache.selection import select
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from kvtool.cache.bulk import Bulk
-from kvtool.cache.contexts import Contexts
 from kvtool.cache.lane import Lane, Partial, Step
-from kvtool.cache.sparse import Sparse
+from kvtool.cache.read.sparse import Sparse
+from kvtool.cache.share.contexts import Contexts
 from kvtool.errors import InputError
 from kvtool.serving import Attention, Layer
 from kvtool_kernels.ops import attend, attend_ragged, merge

@@ -1,7 +1,7 @@
 """Segments: entries of one encoding, in order. A lane's attention is the merge of attention over its segments.
 
-`Dense` holds entries as they come, in a buffer with a little room to grow; `Coded` (see `coded.py`) what an `Encoding`
-wrote. Neither knows policies: what enters and what leaves is the lane's affair.
+`Dense` holds entries as they come, in a buffer with a little room to grow; `Coded` (see `store/coded.py`) what an
+`Encoding` wrote. Neither knows policies: what enters and what leaves is the lane's affair.
 
 Shapes: k, v [B,K,S,D]; q [B,H,T,D] with H = K·G.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvtool.cache.closing import close_up, closes
+from kvtool.cache.keep.closing import close_up, closes
 from kvtool.cache.lane import Partial, Step
 from kvtool_kernels.ops import attend, attend_scored, attend_selected
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
+from kvtool.cache.keep.mean import Mean
 from kvtool.cache.lane import Lane, Partial, Step, blank
-from kvtool.cache.mean import Mean
 from kvtool.cache.segments import GROWTH, grown
 from kvtool.rotary import Rotary
 from kvtool_kernels.ops import attend, merge

@@ -10,8 +10,8 @@ from typing import Any, get_args
 import torch
 
 from kvtool import plan, snapshot
-from kvtool.cache.documents import beside
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.share.documents import beside
 from kvtool.commands._console import note, progress
 from kvtool.commands._shelf import find
 from kvtool.errors import InputError

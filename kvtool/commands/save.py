@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from kvtool import files, plan, snapshot
-from kvtool.cache import documents
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.share import documents
 from kvtool.commands._console import note, progress
 from kvtool.commands._shelf import find
 from kvtool.commands.inspect import sizes

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.documents import after, beside, read
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.share.documents import after, beside, read
 from kvtool.corpus.shelves import Shelf
 from kvtool.model import Model
 from kvtool.plan import Plan

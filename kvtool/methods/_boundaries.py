@@ -1,4 +1,4 @@
-"""Training of the network that predicts a prompt's boundaries (`cache/boundaries/predicted.py`), for `dhsa`.
+"""Training of the network that predicts a prompt's boundaries (`cache/read/boundaries/predicted.py`), for `dhsa`.
 
     label_b = 1 where `labels` of the layer's dense pass has a boundary at b, else 0
     loss = cross-entropy of the logits, boundaries weighed so that both classes count alike
@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional
 
 from kvtool import plan
-from kvtool.cache.boundaries import _base, labels, predicted
 from kvtool.cache.lane import Step
-from kvtool.cache.prefills._base import Job
+from kvtool.cache.read.boundaries import _base, labels, predicted
+from kvtool.cache.read.prefills._base import Job
 from kvtool.errors import InputError
 from kvtool.methods import _training
 from kvtool.methods._base import Context

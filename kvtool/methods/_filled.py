@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from kvtool.cache.keep.scores._base import View
+from kvtool.cache.keep.selector import Selector
+from kvtool.cache.keep.thinned import Thinned
 from kvtool.cache.lane import Step
-from kvtool.cache.scores._base import View
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.selector import Selector
-from kvtool.cache.thinned import Thinned
 from kvtool.corpus.base import Sample
 from kvtool.methods._base import Context
 from kvtool.model import Model

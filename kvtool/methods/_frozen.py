@@ -1,6 +1,6 @@
 """Budgets that depend on the prompt, frozen: run the selection on texts, and keep each head's mean share.
 
-What a rule of `cache/budgets/` decides for each prompt becomes a number per layer and KV head, known beforehand.
+What a rule of `cache/keep/budgets/` decides for each prompt becomes a number per layer and KV head, known beforehand.
 """
 
 from __future__ import annotations

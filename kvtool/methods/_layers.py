@@ -18,8 +18,8 @@ from kvtool.slots import Keep
 
 
 def errors(context: Context, keeps: Sequence[Keep], *, samples: int, tokens: int, steps: int) -> torch.Tensor:
-    """fp64 [N,P,L]: how much each layer's output changes under each selection (`sensitivity.py`), on `samples` prompts,
-    text and passkeys, of `tokens` tokens, over `steps` that are decoded after them."""
+    """fp64 [N,P,L]: how much each layer's output changes under each selection (`measuring/sensitivity.py`), on
+    `samples` prompts, text and passkeys, of `tokens` tokens, over `steps` that are decoded after them."""
     read = prompts(context, samples=samples, tokens=tokens, steps=steps)
     plans = [Plan("probe", context.running.fingerprint, keep=keep) for keep in keeps]
     return sensitivity.errors(context.running, plans, read, context.progress)

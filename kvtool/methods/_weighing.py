@@ -1,7 +1,7 @@
 """What each of many encodings of each head's keys or values costs in predictions, measured on texts.
 
-    error[c, l, k] = ρ_c · effect of candidate c on KV head k of layer l alone (`effects.py`), nats a token
-    ρ_c = KL(all layers' side held as c, the other in 16 bits) / Σ_{l,k} effect         (`divergence.py`)
+    error[c, l, k] = ρ_c · effect of candidate c on KV head k of layer l alone (`measuring/effects.py`), nats a token
+    ρ_c = KL(all layers' side held as c, the other in 16 bits) / Σ_{l,k} effect         (`measuring/divergence.py`)
 
 The effects say which layers and heads suffer, and take one pass a text for all candidates; ρ puts right what their
 second order leaves out, candidate by candidate, so that the sum is exact for each of them everywhere. An interrupted

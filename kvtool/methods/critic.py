@@ -10,7 +10,7 @@ Memory 2·b·d·K·L·max(minimum, (1 − r)·n). Where the printed text cannot 
 queries (as printed, over keys, it is 1 for every row); an entropy is divided by the logarithm of how many entries the
 row sees; the size is settled once, where shrinking by 1 − r at every token would leave `minimum` entries soon. An
 entry's entropy is known only from the call that fed it, and counts as old score afterwards (`decay`). The weights are
-not published. Gradients are in closed form (see `cache/scores/hybrid.py`).
+not published. Gradients are in closed form (see `cache/keep/scores/hybrid.py`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ chunks would never be far from average. All entries stay, and decode steps read 
 
 A boundary is a place where later rows of a dense pass look very differently at the `window` entries before and after
 it: the larger sum over the smaller one exceeds `theta`, and no larger ratio lies within `apart` places. Labels need
-later rows, so a small network learns them from the keys on both sides (`cache/boundaries/`), on texts of the
+later rows, so a small network learns them from the keys on both sides (`cache/read/boundaries/`), on texts of the
 calibration half; boundaries are made once, at layer `layer`, for all layers (those before it read everything).
 
 `mode=labels` is the first version without the network: boundaries from that layer's own dense pass over the prompt, an

@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 import torch
 
-from kvtool.cache.runs import links, needed, sole
-from kvtool.cache.scores._base import View
-from kvtool.cache.selector import Selector
+from kvtool.cache.keep.runs import links, needed, sole
+from kvtool.cache.keep.scores._base import View
+from kvtool.cache.keep.selector import Selector
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, share, thinned
 from kvtool.methods._filled import filled, selecting

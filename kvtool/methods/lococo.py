@@ -34,9 +34,9 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
+from kvtool.cache.keep.merges.convolution import Tables, mixed
+from kvtool.cache.keep.selector import Selector
 from kvtool.cache.lane import Step
-from kvtool.cache.merges.convolution import Tables, mixed
-from kvtool.cache.selector import Selector
 from kvtool.errors import InputError
 from kvtool.methods import _training
 from kvtool.methods._base import Context, Decision
@@ -125,7 +125,7 @@ def selection(context: Context, options: Options, budget: float, tables: Tensors
 
 
 def train(context: Context, options: Options) -> tuple[Tensors, torch.Tensor]:
-    """(bf16 tables of `merges/convolution.py`, mean loss of a layer per step fp32 [steps])."""
+    """(bf16 tables of `cache/keep/merges/convolution.py`, mean loss of a layer per step fp32 [steps])."""
     model = context.running
     layers = _training.whole(context.geometry)
     made = _training.prompts(model, options.kinds, options.lengths, options.prompts, context.seed)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from kvtool.cache.scores.learned import features, retained
+from kvtool.cache.keep.scores.learned import features, retained
 from kvtool.errors import InputError
 from kvtool.methods import _training
 from kvtool.methods._base import Context, Decision
@@ -95,7 +95,7 @@ def calibrate(context: Context, options: Options) -> Decision:
 
 
 def train(context: Context, options: Options) -> tuple[Tensors, torch.Tensor]:
-    """(bf16 tables of `scores/learned.py`, mean loss of a layer per step fp32 [steps])."""
+    """(bf16 tables of `cache/keep/scores/learned.py`, mean loss of a layer per step fp32 [steps])."""
     model = context.running
     layers = _training.whole(context.geometry)
     pool = []

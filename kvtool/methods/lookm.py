@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
-from kvtool.cache.spans import spellings
+from kvtool.cache.keep.spans import spellings
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, thinned
 

@@ -4,7 +4,7 @@ Liu et al., arXiv 2409.10516, NeurIPS 2025.
 
     W: the first `sink` and last `recent` entries, always read;   Ω: the `budget` best of the others by q · k, as found
     out = attention over W merged with attention over Ω by their log-sum-exps; what is in neither is left out
-    index=graph: keys that queries of the prompt are nearest to at once are neighbours (`cache/indexes/graph.py`)
+    index=graph: keys that queries of the prompt are nearest to at once are neighbours (`cache/read/indexes/graph.py`)
     index=cluster: k-means, the best clusters are scanned;   index=flat: every key is scanned
 
 Queries do not lie where keys do, so an index that is built from keys alone leads a query astray. How far off they lie

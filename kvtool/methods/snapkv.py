@@ -11,8 +11,8 @@ of them; here a KV head keeps one set, chosen by the mean over its group, which 
 the paper's (w 32, kernel 5, max pooling) with the budget as a share of the prompt.
 
 `observe=answer` is ours, and no method but a bound for them: the queries that score are those of the answer itself,
-teacher-forced, which only a measurement on known answers can have (`kvtool/cache/passes.py`). What the prompt's own
-end misses of that is what asking earlier costs.
+teacher-forced, which only a measurement on known answers can have (`kvtool/cache/keep/passes.py`). What the prompt's
+own end misses of that is what asking earlier costs.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvtool.cache.spans import spellings
+from kvtool.cache.keep.spans import spellings
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, thinned
 from kvtool.options import at_least

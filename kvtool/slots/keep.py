@@ -21,10 +21,10 @@ class Select(Record):
 
     observe: whose attention scores an entry: the `observed` newest queries ("last"; a share of the prompt if < 1),
         `probes` (the newest 5 % and a seeded 5 % of the others), or "all" rows seen so far; or those of a pass on trial
-        (see `cache/passes.py`): "rebuild", in which the network writes the prompt again, and "answer", over the tokens
-        that follow the prompt, which a caller has to tell. history: at decode steps,
+        (see `cache/keep/passes.py`): "rebuild", in which the network writes the prompt again, and "answer", over the
+        tokens that follow the prompt, which a caller has to tell. history: at decode steps,
         so many of the newest queries, instead of those since the last choice; their own entries must be recent ones.
-    score: name of the rule (see `cache/scores/`), given the observed queries, keys and values. Rules that look at
+    score: name of the rule (see `cache/keep/scores/`), given the observed queries, keys and values. Rules that look at
         queries soften their softmax by `temperature`, plus `warming` for every step that has scored before.
     reduce: over the observed queries that see the entry: their "mean", "sum" (early entries are seen by more of them)
         or "max"; plus `variance` times their variance (CAKE).
@@ -33,12 +33,12 @@ class Select(Record):
         before pooling, else after. weights: fp32 [L,H], what each query head's score is multiplied by before.
         `alike`: all heads of a layer go by the mean of their scores.
     budget: fp32 [L,K]: entries a head keeps, as a share of the prompt when ≤ 1, else a count; sinks and recent
-        entries included. `spread`: the rule that deals it out (see `cache/budgets/`): "head" gives each head its own;
-        "layer" pools a layer's budget over its heads by score, "model" over all, in which a head's count is mixed with
-        `floor` parts of its own budget (AdaKV).
+        entries included. `spread`: the rule that deals it out (see `cache/keep/budgets/`): "head" gives each head its
+        own; "layer" pools a layer's budget over its heads by score, "model" over all, in which a head's count is mixed
+        with `floor` parts of its own budget (AdaKV).
     mass, least: if > 0, a head keeps the fewest entries that hold the share `mass` of its score, or those that score
         `least`, and `budget` is the upper bound.
-    pick: the rule that chooses so many entries by score (see `cache/picks/`).
+    pick: the rule that chooses so many entries by score (see `cache/keep/picks/`).
     minimum: entries that a head holds at least. sink, recent: entries that always stay; recent is a share of the prompt
         if < 1.
     when: "prefill" once the prompt is in; "chunk" after every chunk of it, so that prefill stays within the budget
@@ -47,7 +47,7 @@ class Select(Record):
     slack: entries, or the share of the budget if < 1, that decode steps evict beyond it at once, so that it is full
         again only so many steps later.
         growing: budgets that are a share go on being a share of all tokens seen.
-    merge: what becomes of the others (see `cache/merges/`): "drop"; averaged into the kept entry whose key has the
+    merge: what becomes of the others (see `cache/keep/merges/`): "drop"; averaged into the kept entry whose key has the
         largest cosine ("nearest") or whose place is nearest ("neighbour"), if that cosine is at least `threshold`, or
         the mean of them all when that is None. weigh: "equal"; "cosine", as terms of a plain mean (D2O); "gaussian" by
         distance of keys.
@@ -123,7 +123,7 @@ class Select(Record):
 
     def rule(self, stage: str) -> Any:
         """The module of the rule that this selection names for a stage: score, spread, pick or merge."""
-        return registry.module(f"cache/{_FOLDERS[stage]}", getattr(self, stage), stage)
+        return registry.module(f"cache/keep/{_FOLDERS[stage]}", getattr(self, stage), stage)
 
     @property
     def on_trial(self) -> bool:

@@ -18,16 +18,16 @@ class Prefill(Record):
     budget: fp32 [L]: earlier entries that a block reads, sinks and local ones among them, as a share of the prompt
         when ≤ 1, else a count. A layer of budget 1 reads everything.
     block: queries that choose together: those at positions of one multiple of it.
-    rule: how the entries are ranked that are not read anyway (see `cache/prefills/`).
+    rule: how the entries are ranked that are not read anyway (see `cache/read/prefills/`).
     sink, local: first entries, and entries right before the block, that are always read.
     dense: last queries of the prompt that read everything.
     heads: who chooses: all heads of the layer together, each KV head for its group, or each query head.
-    unit, summary: entries that are chosen together, and what stands for them (see `cache/summaries/`): `unit`
+    unit, summary: entries that are chosen together, and what stands for them (see `cache/read/summaries/`): `unit`
         consecutive ones, or with a `cut` those between two boundaries, however many. The last unit that is chosen
         gives its newest entries, as many as the budget has left.
-    cut: what says how much of a boundary a place is (see `cache/boundaries/`), by the keys of the layer `leader` and
-        `window` entries on both sides of it; `tables` is what it was trained to. Boundaries are made once, there, for
-        all layers. They are the places above `above`, the highest first, none within `apart` of a higher one, and
+    cut: what says how much of a boundary a place is (see `cache/read/boundaries/`), by the keys of the layer `leader`
+        and `window` entries on both sides of it; `tables` is what it was trained to. Boundaries are made once, there,
+        for all layers. They are the places above `above`, the highest first, none within `apart` of a higher one, and
         `most` for each block at most.
     mass: the rule chooses the fewest entries that hold this share of its score, and the budget is a bound; 0: the
         budget says how many.

@@ -20,7 +20,7 @@ Position = Literal["shared", "contiguous"]
 class Documents(Record):
     """How documents that were read apart take part in attention beside the text that follows them: their logits are
     divided by the temperature, and the log-sum-exp of all of them together, in the unit of undivided logits, counts
-    `scale` times (see `cache/contexts.py`). temperature, scale: fp32 [L].
+    `scale` times (see `cache/share/contexts.py`). temperature, scale: fp32 [L].
 
     position: every document stands where it was read ("shared"), or one behind the other ("contiguous").
     """
@@ -51,20 +51,20 @@ class Read(Record):
     unit, form: entries that are chosen together: `unit` consecutive ones ("page"; 1: tokens), those of a k-means
         cluster of keys, `unit` on average ("cluster"), or those between two cuts, however many ("run"; `unit` of them
         join the bulk at a time). The last cluster or run that is chosen ends where the budget does.
-    cut: where runs begin (see `cache/cuts.py`): after the "tokens" `ends` int32 [n]; or where "keys", or the "queries"
-        of decode steps, have a cosine below `apart` fp32 [L] with those before. Clusters with a cut are made once, and
-        what joins the bulk later are runs.
-    summary: what stands for a unit (see `cache/summaries/`); `table` is what it was calibrated with, [L,K,...], `rank`
-        how many of its columns, or of the head's channels, it looks at (0: all), and `bits` what it holds of each
-        number (0: all).
-    index: which units a query looks at, where it does not look at all (see `cache/indexes/`); `search` is what it needs
-        to know, by the names that its file says.
+    cut: where runs begin (see `cache/read/cuts.py`): after the "tokens" `ends` int32 [n]; or where "keys", or the
+        "queries" of decode steps, have a cosine below `apart` fp32 [L] with those before. Clusters with a cut are made
+        once, and what joins the bulk later are runs.
+    summary: what stands for a unit (see `cache/read/summaries/`); `table` is what it was calibrated with, [L,K,...],
+        `rank` how many of its columns, or of the head's channels, it looks at (0: all), and `bits` what it holds of
+        each number (0: all).
+    index: which units a query looks at, where it does not look at all (see `cache/read/indexes/`); `search` is what it
+        needs to know, by the names that its file says.
     sink, recent: entries that are always read, besides. outliers: so many units, too, per KV head: those whose keys
         agree least with their mean (ShadowKV, section 3). exact: which are held as they came, too.
     query: what chooses: the step's "own" query; the mean of those since the "run" began; of the last `asked` queries,
         the mean of those that came "together", as a prompt's or a question's, after each of which a choice is made
         anew; or a "probe", in which those count most that differ from what is `usual`, the mean and variance by channel
-        fp32 [L,K,G,2,D], of all that came before if that is not told (see `cache/asking.py`).
+        fp32 [L,K,G,2,D], of all that came before if that is not told (see `cache/read/asking.py`).
     bare: queries and keys are compared as they are before RoPE. cosine: whatever the length of what stands for a unit.
     heads: how the G query heads of a KV head agree on one choice: "max", "mean" or "sum" of their scores, made
         probabilities over units first if `softmax`; all heads that are held alike, by the mean over the "layer"; or
@@ -80,7 +80,8 @@ class Read(Record):
         them goes to the mean value of the bulk (SparF); "estimate": the best `estimated` of all units among them
         take part with their mean value, as many entries of the summary's logit.
     positions: where a query meets what it reads: at the entries' "original" distance; as if nothing stood between what
-        is read, which is "contiguous" with the recent entries; or "far", `recent` tokens away (see `cache/places.py`).
+        is read, which is "contiguous" with the recent entries; or "far", `recent` tokens away (see
+        `cache/read/places.py`).
     page: entries that memory hands out at once; bytes read are counted in whole pages.
     slow: the bulk of layers with a budget lives in host memory, and what is read is fetched from there.
     documents: how documents take part that other caches hold.
@@ -159,7 +160,7 @@ class Read(Record):
     def _check_index(self) -> None:
         if self.index is None:
             return
-        rule = registry.module("cache/indexes", self.index, "index")
+        rule = registry.module("cache/read/indexes", self.index, "index")
         if set(self.search) != set(rule.SETTINGS):
             raise InputError(
                 f"the index {self.index!r} needs to know other things", got=sorted(self.search), expected=rule.SETTINGS

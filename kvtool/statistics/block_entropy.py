@@ -4,11 +4,11 @@
     r_u = mean of the `KEYS` keys of block u, before RoPE, that were attended most while they were among the last R
     s_u = cos(p, r_u) over all query heads at once;   E = −Σ_u a_u ln a_u / ln U,  a = softmax s
 
-(arXiv 2502.13542; `kvtool/cache/asking.py` and `credits.py` do the same for a cache.) Windows end at the last token of
-a text, and every `ASKED` tokens before in its second half; blocks are of `UNIT` tokens, those that end R before the
-window does, with R = `REACH`, a quarter of the text at most. `entropy` [L] sums E over windows, `windows` [1] counts
-them. Cosines lie between −1 and 1, so that their softmax is nearly even: E is close to 1 and layers differ little.
-Layers with a sliding window of their own are left out.
+(arXiv 2502.13542; `kvtool/cache/read/asking.py` and `…/credits.py` do the same for a cache.) Windows end at the last
+token of a text, and every `ASKED` tokens before in its second half; blocks are of `UNIT` tokens, those that end R
+before the window does, with R = `REACH`, a quarter of the text at most. `entropy` [L] sums E over windows, `windows`
+[1] counts them. Cosines lie between −1 and 1, so that their softmax is nearly even: E is close to 1 and layers differ
+little. Layers with a sliding window of their own are left out.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import math
 
 import torch
 
-from kvtool.cache.asking import weights
-from kvtool.cache.credits import credited
 from kvtool.cache.lane import Step
-from kvtool.cache.summaries import attended
-from kvtool.cache.summaries._base import Given
+from kvtool.cache.read.asking import weights
+from kvtool.cache.read.credits import credited
+from kvtool.cache.read.summaries import attended
+from kvtool.cache.read.summaries._base import Given
 from kvtool.statistics._base import States, Statistic
 
 ASKED, KEYS, UNIT, REACH = 32, 4, 8, 64

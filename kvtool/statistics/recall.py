@@ -3,8 +3,8 @@
     [ SINK first entries, always read | bulk: whole units, chosen from | RECENT newest and the rows' own, always read ]
 
 For each row the bulk's units are ranked by what a summary says of them, as a plan that reads selectively would rank
-them (`kvtool/cache/units.py` does it here and there): scores of a KV head's queries, softmax over units, mean. The best
-are taken up to a budget, a share of the bulk, and recall is the attention that they and what is always read hold.
+them (`kvtool/cache/read/units.py` does it here and there): scores of a KV head's queries, softmax over units, mean. The
+best are taken up to a budget, a share of the bulk, and recall is the attention that they and what is always read hold.
 
 `mass` [L,K,choices,budgets], `always` [L,K] and `bulk` [L,K], the latter over choices of nothing and of everything:
 sums over rows, means over query heads. `looked` [choices]: bytes read to rank, as a share of the bulk's keys and
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtool.cache import tails
 from kvtool.cache.lane import Step
+from kvtool.cache.read import tails
+from kvtool.cache.read.summaries._base import Given
+from kvtool.cache.read.units import Units
 from kvtool.cache.segments import Dense
-from kvtool.cache.summaries._base import Given
-from kvtool.cache.units import Units
 from kvtool.slots import Read
 from kvtool.statistics._base import States, Statistic
 

@@ -56,7 +56,7 @@ def test_any_chunking_is_decode(case: str, model: Model, lengths: list[int]) -> 
 def test_a_selection_does_not_depend_on_the_prompts_cut(case: str, chunks: list[int], model: Model) -> None:
     """It depends on where the prompt ends. A chunk of one token after the first is a decode step and ends it."""
     only(selects(case) and not by_chunk(case), "any chunking is decode, or the plan evicts after every chunk")
-    only(not sparse(case), "what a chunk reads depends on its cut; see tests/cache/test_sparse.py")
+    only(not sparse(case), "what a chunk reads depends on its cut; see tests/cache/read/test_sparse.py")
     model, plan = on(case, model)
     rest = [1] * (TOKENS - 20)
     whole, cut = (feed(model, SegmentCache(model, plan), IDS, [*prompt, *rest]) for prompt in ([20], chunks))

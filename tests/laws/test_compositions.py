@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kvtool.cache.bulk import Bulk
-from kvtool.cache.pool import Pool
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.store.pool import Pool
 from kvtool.encoding.codecs import Affine
 from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.transforms import Gather, Hadamard, Join, Linear

@@ -25,9 +25,9 @@ def test_the_reference_without_a_plan_is_the_model(any_model: Model) -> None:
 @places(TINY, turn=1)
 def test_methods(case: str, protocol: str, model: Model) -> None:
     only(known(case), "the definition does not know a rule of this selection")
-    only(protocol == "strict" or not sparse(case), "what a prompt reads is defined in tests/cache/prefilling.py")
+    only(protocol == "strict" or not sparse(case), "what a prompt reads is defined in tests/cache/read/prefilling.py")
     model, plan = on(case, model)
-    only(not across(plan), "the definition runs layer by layer; see tests/cache/test_pool.py")
+    only(not across(plan), "the definition runs layer by layer; see tests/cache/store/test_pool.py")
     cache = SegmentCache(model, plan, protocol=protocol)
     expected = dense(model, IDS[0], plan, CHUNKS, strict=protocol == "strict")
     close(feed(model, cache, IDS, CHUNKS)[0], expected, torch.float32)

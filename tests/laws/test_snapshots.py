@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kvtool import snapshot
-from kvtool.cache.documents import after
-from kvtool.cache.documents import read as read_in
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.share.documents import after
+from kvtool.cache.share.documents import read as read_in
 from kvtool.cache.state import dump
 from kvtool.errors import InputError
 from kvtool.model import Model

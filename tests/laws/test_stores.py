@@ -1,7 +1,7 @@
 """The laws over every kind of coded segment, with stores that no method makes (`stores.py`).
 
 In fp64, where cache and reference must agree so closely that codes cannot fall on different sides of a rounding
-border; kernels, which compute in fp32, are held to the decoded entries in `tests/cache/test_coded.py`.
+border; kernels, which compute in fp32, are held to the decoded entries in `tests/cache/store/test_coded.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from kvtool import plan as plans
 from kvtool.cache.bulk import Bulk
-from kvtool.cache.coded import Coded
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.store.coded import Coded
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan

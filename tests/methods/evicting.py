@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from kvtool.cache.budgets._base import Ballot
+from kvtool.cache.keep.budgets._base import Ballot
+from kvtool.cache.keep.selector import Selector
 from kvtool.cache.lane import Step
-from kvtool.cache.selector import Selector
 from kvtool.calibrate import calibrate
 from kvtool.slots import Select
 from tests import models

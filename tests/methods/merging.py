@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.cache.budgets._base import Ballot
-from kvtool.cache.merges._base import Job, Merged, at
-from kvtool.cache.selector import Selector
+from kvtool.cache.keep.budgets._base import Ballot
+from kvtool.cache.keep.merges._base import Job, Merged, at
+from kvtool.cache.keep.selector import Selector
 from tests.methods.evicting import STEP, D, H, K, random
 
 

@@ -1,4 +1,4 @@
-"""Known answers of ActQKV, card C8; the probe and the representatives themselves are in tests/cache/test_asking.py."""
+"""Known answers of ActQKV, card C8; probe and representatives are in tests/cache/read/test_asking.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvtool.cache.board import Board
 from kvtool.cache.lane import Step
-from kvtool.cache.reader import Place, Reader
+from kvtool.cache.read.board import Board
+from kvtool.cache.read.reader import Place, Reader
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.segments import Dense
 from kvtool.calibrate import calibrate

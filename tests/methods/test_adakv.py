@@ -1,10 +1,10 @@
-"""Known answers of Ada-KV, card A10; its arithmetic of counts is in tests/cache/test_selector.py."""
+"""Known answers of Ada-KV, card A10; its arithmetic of counts is in tests/cache/keep/test_selector.py."""
 
 from __future__ import annotations
 
 import torch
 
-from kvtool.cache.budgets._base import Ballot
+from kvtool.cache.keep.budgets._base import Ballot
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.slots import Keep

@@ -1,4 +1,4 @@
-"""Known answers of APE, card C17; the formula, positions and order are in tests/cache/test_documents.py."""
+"""Known answers of APE, card C17; the formula, positions and order are in tests/cache/share/test_documents.py."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Known answers of CAKE, card A15. Those of its rule for layers are in tests/cache/test_layer_budgets.py."""
+"""Known answers of CAKE, card A15. Those of its rule for layers are in tests/cache/keep/test_layer_budgets.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvtool.cache.scores._base import View
+from kvtool.cache.keep.scores._base import View
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError

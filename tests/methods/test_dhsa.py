@@ -1,4 +1,4 @@
-"""Known answers of DHSA, card C9; what blocks of queries read, entry by entry, is in tests/cache/prefilling.py."""
+"""Known answers of DHSA, card C9; what blocks of queries read, entry by entry, is in tests/cache/read/prefilling.py."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch.nn import functional
 
 from kvtool import registry
-from kvtool.cache.board import Board
-from kvtool.cache.boundaries import _base as boundaries
-from kvtool.cache.boundaries import predicted
 from kvtool.cache.lane import Step
-from kvtool.cache.prefills._base import Job
-from kvtool.cache.prefills.units import Rule
+from kvtool.cache.read.board import Board
+from kvtool.cache.read.boundaries import _base as boundaries
+from kvtool.cache.read.boundaries import predicted
+from kvtool.cache.read.prefills._base import Job
+from kvtool.cache.read.prefills.units import Rule
+from kvtool.cache.read.sparse import Sparse
+from kvtool.cache.read.summaries._base import Given
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.sparse import Sparse
-from kvtool.cache.summaries._base import Given
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError
 from kvtool.model import Model
@@ -61,7 +61,7 @@ def test_the_root_keeps_the_spread_of_scores() -> None:
     for size in (1, 4, 16, 64):
         mean = draw(chunks, width, seed=size) / size**0.5  # of `size` independent keys
         for name, variances in found.items():
-            rule = registry.module("cache/summaries", name, "summary")
+            rule = registry.module("cache/read/summaries", name, "summary")
             parts = rule.pooled(mean[None, None], torch.full((1, 1, chunks), size))
             variances.append(float(rule.score(q[None, None, None], parts, Given()).var()))
     assert max(found["root-mean"]) < 1.15 * min(found["root-mean"])

@@ -1,4 +1,4 @@
-"""Known answers of Elastic Cache, card A21; its rules, entry by entry, are in tests/cache/test_merging.py."""
+"""Known answers of Elastic Cache, card A21; its rules, entry by entry, are in tests/cache/keep/test_merging.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Known answers of EMS, card A19, as reconstructed; its rules, entry by entry, are in tests/cache/test_merging.py."""
+"""Known answers of EMS, card A19, as reconstructed; its rules: tests/cache/keep/test_merging.py."""
 
 from __future__ import annotations
 

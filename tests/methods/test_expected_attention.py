@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvtool.cache.scores._base import View
-from kvtool.cache.scores.expected import expected, score
+from kvtool.cache.keep.scores._base import View
+from kvtool.cache.keep.scores.expected import expected, score
 from kvtool.calibrate import calibrate
 from kvtool.corpus.base import Sample, gather
 from kvtool.methods._filled import scored

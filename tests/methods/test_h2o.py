@@ -1,4 +1,4 @@
-"""Known answers of H2O, card A11; sums over uniform attention are in tests/cache/test_selector.py."""
+"""Known answers of H2O, card A11; sums over uniform attention are in tests/cache/keep/test_selector.py."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.picks._base import Choice, best
-from kvtool.cache.picks.representatives import distances, pick, signatures, spaced
-from kvtool.cache.scores._base import View
+from kvtool.cache.keep.picks._base import Choice, best
+from kvtool.cache.keep.picks.representatives import distances, pick, signatures, spaced
+from kvtool.cache.keep.scores._base import View
 from kvtool.slots import Select
 from tests.methods.evicting import D, random
 from tests.tolerance import same

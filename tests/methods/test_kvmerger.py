@@ -1,4 +1,4 @@
-"""Known answers of KVMerger, card A25; its rules, entry by entry, are in tests/cache/test_merging.py."""
+"""Known answers of KVMerger, card A25; its rules, entry by entry, are in tests/cache/keep/test_merging.py."""
 
 from __future__ import annotations
 

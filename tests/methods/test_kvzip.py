@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvtool.cache.rebuild import OVERLAP, rebuild
+from kvtool.cache.keep.rebuild import OVERLAP, rebuild
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError

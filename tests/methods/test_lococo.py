@@ -1,4 +1,4 @@
-"""Known answers of LoCoCo, card A24, in a model; those of a mixture by itself: `tests/cache/test_convolution.py`."""
+"""Known answers of LoCoCo, card A24, in a model; of a mixture by itself: `tests/cache/keep/test_convolution.py`."""
 
 from __future__ import annotations
 

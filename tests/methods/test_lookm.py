@@ -1,11 +1,11 @@
-"""Known answers of LOOK-M, card A20; its rules, entry by entry, are in tests/cache/test_merging.py."""
+"""Known answers of LOOK-M, card A20; its rules, entry by entry, are in tests/cache/keep/test_merging.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvtool.cache.budgets._base import Ballot
+from kvtool.cache.keep.budgets._base import Ballot
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError

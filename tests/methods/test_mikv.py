@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvtool.cache.keep.thinned import Thinned
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.thinned import Thinned
 from kvtool.errors import InputError
 from kvtool.plan import compose
 from tests import models

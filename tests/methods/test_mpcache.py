@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.board import Board
-from kvtool.cache.reader import Place, Reader
+from kvtool.cache.read.board import Board
+from kvtool.cache.read.reader import Place, Reader
+from kvtool.cache.read.summaries import between
+from kvtool.cache.read.summaries._base import Given
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.segments import Dense
-from kvtool.cache.summaries import between
-from kvtool.cache.summaries._base import Given
 from kvtool.calibrate import calibrate
 from kvtool.corpus.text import text
 from kvtool.errors import InputError

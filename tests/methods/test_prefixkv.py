@@ -1,4 +1,4 @@
-"""Known answers of PrefixKV, card A16. Those of its search are in tests/cache/test_layer_budgets.py."""
+"""Known answers of PrefixKV, card A16. Those of its search are in tests/cache/keep/test_layer_budgets.py."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.budgets.slope import falling
+from kvtool.cache.keep.budgets.slope import falling
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.methods import pyramidkv

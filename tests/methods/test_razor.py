@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvtool.cache.keep.mean import Mean
 from kvtool.cache.lane import Step
-from kvtool.cache.mean import Mean
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.window import Window
 from kvtool.calibrate import calibrate

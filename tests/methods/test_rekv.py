@@ -1,4 +1,4 @@
-"""Known answers of ReKV, card C11, and a planted document; queries and places are in tests/cache/test_asking.py."""
+"""Known answers of ReKV, card C11, and a planted document; queries, places: tests/cache/read/test_asking.py."""
 
 from __future__ import annotations
 

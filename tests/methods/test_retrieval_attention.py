@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool.cache.indexes import graph
 from kvtool.cache.lane import Step
+from kvtool.cache.read.indexes import graph
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError

@@ -1,4 +1,4 @@
-"""Known answers of RetroInfer, card C3b; estimates and k-means themselves are in tests/cache/test_reader.py."""
+"""Known answers of RetroInfer, card C3b; estimates and k-means themselves are in tests/cache/read/test_reader.py."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.tiers import Tiers
+from kvtool.cache.store.tiers import Tiers
 from kvtool.errors import InputError
 from kvtool.methods.saq import dealt
 from tests import models

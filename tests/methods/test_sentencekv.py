@@ -1,4 +1,4 @@
-"""Known answers of SentenceKV, card C6; runs themselves are in tests/cache/test_runs.py."""
+"""Known answers of SentenceKV, card C6; runs themselves are in tests/cache/keep/test_runs.py."""
 
 from __future__ import annotations
 

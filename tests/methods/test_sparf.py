@@ -1,4 +1,4 @@
-"""Known answers of SparF, card C10; its tail and its scores are in tests/cache/test_reader.py."""
+"""Known answers of SparF, card C10; its tail and its scores are in tests/cache/read/test_reader.py."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.scores._base import View, reduced
+from kvtool.cache.keep.scores._base import View, reduced
+from kvtool.cache.keep.thinned import Thinned
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.thinned import Thinned
 from kvtool.encoding.codecs import Affine
 from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.fitted import Root

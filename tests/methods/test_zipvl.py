@@ -1,14 +1,14 @@
-"""Known answers of ZipVL, card A27. Means over the queries that see an entry: tests/cache/test_selector.py."""
+"""Known answers of ZipVL, card A27. Means over the queries that see an entry: tests/cache/keep/test_selector.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvtool.cache.budgets._base import covering
+from kvtool.cache.keep.budgets._base import covering
 from kvtool.cache.lane import Step
-from kvtool.cache.prefills._base import Job
-from kvtool.cache.prefills.columns import Rule
+from kvtool.cache.read.prefills._base import Job
+from kvtool.cache.read.prefills.columns import Rule
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.corpus.base import Sample
@@ -18,7 +18,7 @@ from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.rotary import NONE
 from tests import models
-from tests.cache.test_selector import chosen, selector
+from tests.cache.keep.test_selector import chosen, selector
 from tests.models import random_ids
 from tests.running import feed, own
 from tests.statistics.naive import written_down

@@ -1,0 +1,14 @@
+"""The entries that score best; ties go to the newer one."""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool.cache.keep.picks import _base
+from kvtool.cache.keep.picks._base import Choice
+
+RAGGED = False
+
+
+def pick(choice: Choice) -> torch.Tensor:
+    return _base.best(choice.scores, choice.count, choice.free)

@@ -1,0 +1,26 @@
+"""0 for entries in spans of the text that are over, the newest few apart; 1 for all others.
+
+A span runs from an opening to a closing marker; one in another is part of it (see `cache/keep/spans.py`). Settings:
+"opening" and "closing", a marker's spellings in token ids; "buffer", the newest closed spans that are spared;
+"markers", whether markers are 0 too; then a span is not over until something follows it, since the newest entry always
+stays. What is held says what the spans are, so one whose marker is gone is none. [B,K,S] fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvtool.cache.keep.scores._base import View
+from kvtool.cache.keep.spans import inside, numbered
+
+SEES = "entries"
+NEEDS = ("tokens",)
+
+
+def score(view: View) -> torch.Tensor:
+    settings, tokens = view.spec.settings, view.tags["tokens"]
+    pair = settings["opening"], settings["closing"]
+    number = numbered(tokens, *pair, unclosed=False)
+    over = (number > 0) & (number <= number.amax(-1, keepdim=True) - int(settings["buffer"]))
+    over &= (number != number[..., -1:]) if settings["markers"] else inside(tokens, *pair, markers=False)
+    return (~over).float()

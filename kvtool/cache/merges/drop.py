@@ -1,9 +1,0 @@
-"""Evicted entries are gone."""
-
-from __future__ import annotations
-
-from kvtool.cache.merges._base import Job
-
-
-def merge(job: Job) -> None:
-    """What stays stays as it is."""

@@ -1,0 +1,1 @@
+"""What several sequences hold once: prefixes, trees of them, and documents read apart."""
