@@ -31,7 +31,8 @@ def blank(q: torch.Tensor) -> Partial:
 @dataclass(frozen=True)
 class Step:
     """One call's circumstances. `start`: tokens seen before; `origin`: the position of the first of them that RoPE was
-    given; `strict`: compression acts within prefill as it does in decode, so that a prompt's cut makes no difference.
+    given; `strict`: compression acts within prefill as it does in decode, so that a prompt's cut makes no difference;
+    `decoded`: the tokens are decode steps, even where several come at once.
     `tokens` int64 [B,T]: their ids, where they are known. `chosen`: what queries read of a lane that holds everything,
     where not all of it. `given`: attention over entries that other caches hold too, where it was computed for all.
     """
@@ -40,6 +41,7 @@ class Step:
     scale: float
     softcap: float | None = None
     strict: bool = False
+    decoded: bool = False
     origin: int = 0
     tokens: torch.Tensor | None = None
     chosen: Chosen | None = None

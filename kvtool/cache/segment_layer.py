@@ -101,6 +101,7 @@ class SegmentLayer(Layer):
     ):
         super().__init__()
         self.make, self.strict, self.by_row, self.finish, self.filled = make, strict, by_row, finish, filled
+        self.decoded = False  # are all tokens from now on decode steps?
         self.done = done  # told of each attention's end
         self.sparse = sparse  # chooses what a prompt's queries read
         self.parts: list[Part] = []
@@ -208,7 +209,9 @@ class SegmentLayer(Layer):
         return 0 if self.contexts is None else self.contexts.start
 
     def _step(self, part: Part, tokens: torch.Tensor | None = None, given: Mapping[Any, Partial] | None = None) -> Step:
-        return Step(part.fed, self.scale, self.softcap, self.strict, part.origin, tokens, given=given or {})
+        return Step(
+            part.fed, self.scale, self.softcap, self.strict, self.decoded, part.origin, tokens, given=given or {}
+        )
 
     def _admit(self, batch: int, end: int, call: Attention | None = None) -> None:
         """Give rows whose first token has come a part: rows with equal padding share one, unless `by_row`."""

@@ -22,7 +22,7 @@ def forced(model: Model, cache: SegmentCache, tokens: torch.Tensor) -> torch.Ten
     joined = cache.plan is not None and cache.plan.store is not None and bool(cache.plan.store.spans)
     if not joined:
         for layer in cache.segments:
-            layer.strict = True
+            layer.strict = layer.decoded = True
     outs = []
     with model.served(), torch.no_grad():
         for piece in tokens.split(1 if joined else tokens.shape[1], dim=1):

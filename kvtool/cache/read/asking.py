@@ -55,7 +55,7 @@ class Asking:
         together = not step.strict and (k.shape[2] > 1 or step.start == 0)
         new = together and self.alone
         self.alone, self.fresh = not together, self.fresh or (together and self.by == "together")
-        asks = self.by == "probe" or (self.by == "together" and (together or step.strict))
+        asks = self.by == "probe" or (self.by == "together" and (together or (step.strict and not step.decoded)))
         if q is None or not asks:
             return
         q = q.unflatten(1, (k.shape[1], -1))

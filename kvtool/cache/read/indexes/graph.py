@@ -41,7 +41,7 @@ class Found(Scan):
         self.expanded = 0  # keys whose neighbours the last search read, in all query heads
 
     def receive(self, q: torch.Tensor | None, k: torch.Tensor, step: Step) -> None:
-        if q is None or (k.shape[2] == 1 and step.start > 0 and not step.strict):
+        if q is None or step.decoded or (k.shape[2] == 1 and step.start > 0 and not step.strict):
             return
         first, self.fed = self.fed, self.fed + q.shape[2]
         new = q.unflatten(1, (k.shape[1], -1))[:, :, :, -first % self.stride :: self.stride]
