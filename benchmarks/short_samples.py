@@ -1,8 +1,12 @@
 """A profile of many short samples, which share forward passes, against one pass for each: seconds, which take turns,
-and whether the traces are the same."""
+and whether the traces are the same.
+
+    python benchmarks/short_samples.py [--samples 16] [--rounds 3]
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -16,7 +20,7 @@ from kvtool.model import Model, load
 from kvtool.profile import default_statistics, profile
 from kvtool.trace import Trace, statistic
 
-SAMPLES, LENGTHS, REPEATS = 16, (32, 128), 3
+LENGTHS = (32, 128)
 TOLERANCE = 1e-4
 FEW = ("channels",)
 ROOM = profiling.ROW
@@ -44,14 +48,18 @@ def apart(one: Trace, other: Trace) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
     model, rows = load("smollm2"), []
     usual = [name for name in default_statistics() if statistic(name).corpus == "text"]
     for length in LENGTHS:
-        corpus = text(model, ["default"], tokens=length, samples=SAMPLES)
+        corpus = text(model, ["default"], tokens=length, samples=asked.samples)
         for title, names in (("all usual ones", usual), (", ".join(FEW), list(FEW))):
             made: dict[int, Trace] = {}
             seconds: dict[int, list[float]] = {1: [], ROOM: []}
-            for _ in range(REPEATS):
+            for _ in range(asked.rounds):
                 for room, each in seconds.items():
                     made[room], time_taken = taken(model, names, corpus, room)
                     each.append(time_taken)
@@ -59,9 +67,9 @@ def main() -> None:
             if far > TOLERANCE:
                 sys.exit(f"parity: sums of {title} differ by {far:.1e} of the largest")
             alone, packed = (statistics.median(seconds[room]) for room in (1, ROOM))
-            rows.append((f"{SAMPLES} × {length}", title, alone, packed, f"{packed / alone:.2f}×", f"{far:.0e}"))
+            rows.append((f"{asked.samples} × {length}", title, alone, packed, f"{packed / alone:.2f}×", f"{far:.0e}"))
     columns = ("samples × tokens", "statistics", "a pass each, s", "packed, s", "ratio", "largest difference")
-    table(f"Short samples in rows of up to {ROOM} tokens", columns, rows)
+    table(f"Short samples in rows of up to {ROOM} tokens, {asked.rounds} rounds", columns, rows)
 
 
 if __name__ == "__main__":

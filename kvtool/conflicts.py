@@ -25,7 +25,7 @@ def check(plan: Plan) -> None:
         plan.read.check(plan.keep)
     rules = (
         counted, across_layers, across_layers_read, across_heads, followed, demoted, joined_by_age, step_by_step,
-        while_the_prompt_comes, bounded,
+        while_the_prompt_comes, bounded, fed_again, in_one_latent,
     )  # fmt: skip
     for rule in rules:
         conflict = rule(plan)
@@ -151,3 +151,39 @@ def bounded(plan: Plan) -> Conflict:
         f"layer {layer} makes the boundaries that a prompt is read by, but heads of it have a window",
         "compose with a plan that keeps all of that layer, or calibrate with another layer",
     )
+
+
+def fed_again(plan: Plan) -> Conflict:
+    """What is fed again takes the place of entries that are held as they came, all of them, and by all who look."""
+    if plan.keep is None or plan.keep.position != "reencode":
+        return None
+    windows = plan.model.get("windows", [])
+    own = torch.tensor([window is not None for window in windows], dtype=torch.bool)
+    if bool((own & ~plan.keep.gone[: len(own)]).any()) or not bool(plan.keep.full.all()):
+        return (
+            "tokens behind a dropped one are fed again, but a window has let some of them go",
+            "use position=reindex",
+        )
+    if plan.store is not None or plan.slots["read"]:
+        return (
+            "tokens behind a dropped one are fed again, but their entries were encoded, or indexed to choose from",
+            "compose with a plan that holds and reads entries as they are",
+        )
+    return None
+
+
+def in_one_latent(plan: Plan) -> Conflict:
+    """Entries whose keys and values are written as one have keys only for queries that say where they stand."""
+    if plan.store is None or not plan.store.joint:
+        return None
+    if plan.slots["read"]:
+        return (
+            "keys are written together with values, in part without RoPE: nothing can be chosen by them",
+            "compose with a plan that reads everything, or stores keys and values apart",
+        )
+    if len(plan.store.chain) > 1 or plan.store.spans:
+        return (
+            "keys are written together with values, but entries also with age, as dropped ones or across layers",
+            "compose with a plan that does one of these",
+        )
+    return None

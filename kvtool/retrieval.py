@@ -9,7 +9,8 @@ RAPID (arXiv 2502.20330) has a retriever of its own, an embedding model. Both sc
     "words"       Σ log(1 + C/n_t) over the distinct tokens t of the question that stand in the chunk, of C chunks, n_t
                   of which have t
 
-Spans that are given are taken as they are. It knows no cache.
+Spans that are given are taken as they are. Start tokens of the model's own, where a prompt has them, always stay. It
+knows no cache.
 """
 
 from __future__ import annotations
@@ -27,13 +28,20 @@ def excerpt(model: Model, tokens: torch.Tensor, spec: Excerpt) -> torch.Tensor:
     stays = torch.zeros(total, dtype=torch.bool)
     for low, high in spans(model, tokens, spec):
         stays[low:high] = True
-    stays[: spec.start] = stays[max(0, total - spec.question) :] = True
+    stays[: _start(model, tokens, spec)] = stays[max(0, total - spec.question) :] = True
     return tokens[stays]
+
+
+def _start(model: Model, tokens: torch.Tensor, spec: Excerpt) -> int:
+    """First tokens that always stay."""
+    own = model.start
+    return max(spec.start, len(own)) if tokens[: len(own)].tolist() == own else spec.start
 
 
 def spans(model: Model, tokens: torch.Tensor, spec: Excerpt) -> list[tuple[int, int]]:
     """The chunks that are taken, from … to, in order. Raises InputError for given ones beyond the prompt."""
-    low, high = spec.start, max(spec.start, len(tokens) - spec.question)
+    low = _start(model, tokens, spec)
+    high = max(low, len(tokens) - spec.question)
     if spec.spans is not None:
         given = [(int(first), int(end)) for first, end in spec.spans]
         if any(first < 0 or end > len(tokens) for first, end in given):
@@ -63,7 +71,7 @@ def _embedding(
 
     common = mean(tokens)
     each = torch.stack([mean(tokens[low:high]) for low, high in chunks]) - common
-    return torch.cosine_similarity(each, (mean(question) - common)[None], dim=-1).cpu()
+    return torch.cosine_similarity(each, (mean(question) - common)[None], dim=-1).clamp(-1, 1).cpu()
 
 
 def _words(model: Model, tokens: torch.Tensor, chunks: list[tuple[int, int]], question: torch.Tensor) -> torch.Tensor:

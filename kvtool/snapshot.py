@@ -136,9 +136,10 @@ def opened(path: str, model: Model) -> Opened:
 def _check_whole(cache: SegmentCache, tokens: torch.Tensor, prefix: torch.Tensor) -> None:
     """Raise InputError unless `cache` holds one sequence, these tokens, after this prefix and nothing else."""
     contexts = cache.segments[0].contexts if cache.segments else None
-    if not cache.single or any(layer.prefix for layer in cache.segments) or (contexts and contexts.documents):
+    more = any(layer.prefix or layer.inserted for layer in cache.segments)
+    if not cache.single or more or (contexts and contexts.documents):
         raise InputError(
-            "this cache cannot be saved", got="several sequences, padding, or what others hold too",
+            "this cache cannot be saved", got="several sequences, padding, inserted entries, or what others hold too",
             expected="one sequence, fed to a cache of its own",
         )  # fmt: skip
     columns, start = cache.segments[0].columns, 0 if contexts is None else contexts.start

@@ -105,8 +105,8 @@ def _lane(
     if spec is not None:
         budget = spec.budget[layer, heads].tolist()
         options["selector"] = Selector(spec, budget, layer, heads, prompt_length, model.rotary(layer))
-        if plan.keep is not None and plan.keep.position == "reindex":
-            options |= {"rotary": model.rotary(layer), "reindex": True}
+        if plan.keep is not None and plan.keep.position != "original":
+            options |= {"rotary": model.rotary(layer), "reindex": True, "again": plan.keep.position == "reencode"}
     if plan.store is not None:
         options |= _stored(model, plan.store, place, policy[1])
     read = plan.read

@@ -175,7 +175,7 @@ class Bulk(Lane):
             if self.reader is not None and q.shape[2] == 1:
                 out = merge(self.reader.attend(q, self.bulk, step), out)
             else:
-                out = merge(self.bulk.attend(q, step), out)
+                out = merge(self.bulk.attend(self.bulk.faced(q, step), step), out)
         if self.sinks.length:
             if self.reader is not None and self.bulk.length and q.shape[2] == 1:
                 out = merge(self.reader.before(q, self.sinks, step), out)
@@ -193,7 +193,8 @@ class Bulk(Lane):
 
     def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
         out = self.recent.attend(q, step) if self.recent.length else blank(q)
-        return self._attend_before(q, replace(step, start=int(places[0])) if len(places) == 1 else step, out)
+        start = int(places[0]) if len(places) == 1 else step.start
+        return self._attend_before(q, replace(step, start=start, places=places), out)
 
     def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
         if q is None or not (self.finished and self._asks and (step.start or step.strict)):
@@ -243,6 +244,13 @@ class Bulk(Lane):
             if held not in parts and held.length:
                 own.append(*held.recall())
             setattr(made, name, own)
+        return made
+
+    def aside(self) -> Bulk:
+        if self.reader is None:
+            return self
+        made = copy.copy(self)
+        made.reader = self.reader.aside()
         return made
 
     def _changes(self) -> tuple[str, str] | None:
@@ -301,7 +309,9 @@ class Bulk(Lane):
 
     def recall(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         parts = [segment.recall() for segment in self._everything() if segment.length]
-        return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2), 0
+        width = max(k.shape[-1] for k, _ in parts)  # of keys that meet more than the query: others meet no more of it
+        keys = [k if k.shape[-1] == width else torch.nn.functional.pad(k, (0, width - k.shape[-1])) for k, _ in parts]
+        return torch.cat(keys, dim=2), torch.cat([v for _, v in parts], dim=2), 0
 
     def _segments(self) -> tuple[Segment, ...]:
         return self.sinks, self.bulk, self.recent

@@ -35,6 +35,7 @@ class Step:
     `decoded`: the tokens are decode steps, even where several come at once.
     `tokens` int64 [B,T]: their ids, where they are known. `chosen`: what queries read of a lane that holds everything,
     where not all of it. `given`: attention over entries that other caches hold too, where it was computed for all.
+    `places` int64 [T]: where the queries stand, counted as `start` is, if not one behind the other from there.
     """
 
     start: int
@@ -46,12 +47,18 @@ class Step:
     tokens: torch.Tensor | None = None
     chosen: Chosen | None = None
     given: Mapping[Any, Partial] = field(default_factory=dict)
+    places: torch.Tensor | None = None
 
     def split(self, pieces: list[int]) -> list[Step]:
         """The circumstances of so many tokens each."""
         starts = [self.start + sum(pieces[:number]) for number in range(len(pieces))]
         each = [None] * len(pieces) if self.tokens is None else self.tokens.split(pieces, 1)
         return [replace(self, start=start, tokens=tokens) for start, tokens in zip(starts, each, strict=True)]
+
+    def positions(self, count: int) -> torch.Tensor:
+        """Those of `count` queries, int64 [T]."""
+        places = torch.arange(self.start, self.start + count) if self.places is None else self.places
+        return places + self.origin
 
     @property
     def options(self) -> dict[str, Any]:
@@ -90,6 +97,11 @@ class Lane(ABC):
         """Attend q [B,H,T,D] over the held entries and k, v [B,K,N,D] that follow them, the last T of which are the
         queries' own, as if all N had been decoded; but nothing is kept, and nothing is encoded or evicted by score."""
 
+    def renew(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        """The newest T tokens come once more: attend q [B,H,T,D] over the entries before theirs and k, v [B,K,T,D],
+        which take the place of theirs."""
+        raise AssertionError("no lane that is fed again")
+
     @abstractmethod
     def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
         """Attend q [B,H,T,D] over the held entries alone, all of which come before the queries: these stand at `places`
@@ -104,6 +116,10 @@ class Lane(ABC):
     def branch(self) -> Lane:
         """A lane that goes on from here and leaves this one alone. What no later token changes is shared between the
         two, and between all rows of the new one."""
+
+    def aside(self) -> Lane:
+        """The same entries for one more cache to read: what a lane remembers of those who read it is each one's own."""
+        return self
 
     @abstractmethod
     def recall(self) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -21,6 +21,9 @@ class Nothing(Lane):
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
         return blank(q)
 
+    def renew(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        return blank(q)
+
     def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
         return blank(q)
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from kvtool import conflicts
 from kvtool.cache.build import lanes, per_row, sparse
+from kvtool.cache.keep.again import feed_again
 from kvtool.cache.keep.passes import answer
 from kvtool.cache.keep.rebuild import rebuild
 from kvtool.cache.keep.selection import select
@@ -83,7 +84,8 @@ class SegmentCache(Cache):
             if shared and prompt_length is None:
                 raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
         self.finished = prefix is not None or not self._waits
-        board = Board()
+        self.board, self.fed_again = Board(), 0  # tokens that the network was fed again behind what was dropped
+        board = self.board
         layers: list[SegmentLayer] = [
             SegmentLayer(
                 lambda index=index: lanes(  # type: ignore[misc]
@@ -93,7 +95,7 @@ class SegmentCache(Cache):
                 by_row=per_row(plan),
                 finish=self.finish,
                 filled=lambda layer: self._filled(layer, prompt_length),
-                done=board.clear if index == model.geometry.layers - 1 else lambda: None,
+                done=self._done if index == model.geometry.layers - 1 else lambda: None,
                 sparse=sparse(model, plan, index, prompt_length, board),
             )
             for index in range(model.geometry.layers)
@@ -129,7 +131,7 @@ class SegmentCache(Cache):
         return all(layer.single for layer in self.segments)
 
     def reset(self) -> None:
-        self.finished, self.told = not self._waits, None
+        self.finished, self.told, self.fed_again = not self._waits, None, 0
         super().reset()
 
     @property
@@ -152,8 +154,19 @@ class SegmentCache(Cache):
         if self._spec is not None:
             self.look_again()
             select(self._spec, self.segments)
+            self._renew()
         for layer in self.segments:
             layer.settle()
+
+    def _done(self) -> None:
+        """The last layer's call is over."""
+        self.board.clear()
+        self._renew()
+
+    def _renew(self) -> None:
+        """Feed again what stands behind entries that were dropped, if the plan says so."""
+        if self.plan is not None and self.plan.keep is not None and self.plan.keep.position == "reencode":
+            self.fed_again += feed_again(self.network, self.segments)
 
     def tell(self, tokens: torch.Tensor) -> None:
         """What will follow the prompt, int64 [B,A], for plans that keep what it looks at; others do not care."""

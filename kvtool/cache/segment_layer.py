@@ -43,6 +43,12 @@ class Part:
             return self.lanes[0].trial(q, k, v, step)
         return self._by_lane(q, lambda lane, part: lane.trial(part, k[:, lane.at], v[:, lane.at], step))
 
+    def renew(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        """As `Lane.renew`, for all heads of the layer."""
+        if len(self.lanes) == 1:
+            return self.lanes[0].renew(q, k, v, step)
+        return self._by_lane(q, lambda lane, part: lane.renew(part, k[:, lane.at], v[:, lane.at], step))
+
     def over(self, q: torch.Tensor, places: torch.Tensor, step: Step) -> Partial:
         """As `Lane.over`, for all heads of the layer."""
         if len(self.lanes) == 1:
@@ -102,7 +108,7 @@ class SegmentLayer(Layer):
         super().__init__()
         self.make, self.strict, self.by_row, self.finish, self.filled = make, strict, by_row, finish, filled
         self.decoded = False  # are all tokens from now on decode steps?
-        self.done = done  # told of each attention's end
+        self.done = done  # told of each call's end
         self.sparse = sparse  # chooses what a prompt's queries read
         self.parts: list[Part] = []
         self.columns = 0
@@ -165,6 +171,13 @@ class SegmentLayer(Layer):
         start = part.fed + k.shape[2] - q.shape[2]
         return _with_sink_logits(*self._beside(q, out, [x[part.rows] for x in self.inserted], start), call)
 
+    def renew(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention, number: int) -> torch.Tensor:
+        """As `Lane.renew`, for the rows of one part of the batch."""
+        part = self.parts[number]
+        start = part.fed - q.shape[2]
+        out = part.renew(q, k, v, replace(self._step(part), start=start))
+        return _with_sink_logits(*self._beside(q, out, [x[part.rows] for x in self.inserted], start), call)
+
     def insert(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Entries k, v [B,K,n,D] of no token: every query from now on sees all of them."""
         held = self.inserted or [k[:, :, :0], v[:, :, :0]]
@@ -181,6 +194,7 @@ class SegmentLayer(Layer):
         """As `Lane.absorb`, for the one row that is held; tokens int64 [1,T]."""
         self.parts[0].absorb(q, k, v, self._step(self.parts[0], tokens))
         self.columns += k.shape[2]
+        self.done()
 
     def fill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> None:
         """As `attend`, of one row's first tokens, but attending to nothing: a cache of the full plan holds the same."""
@@ -228,9 +242,15 @@ class SegmentLayer(Layer):
                 groups.setdefault((padding[row], row if self.by_row else 0), []).append(row)
         if call is not None and call.positions is not None:
             places = call.positions.expand(batch, -1)
+        first = 0 if self.contexts is None else self.contexts.start
         for (pad, _), rows in groups.items():
             part = Part(rows, pad, self.make())
-            part.origin = 0 if places is None else int(places[rows[0], max(0, pad - self.columns)])
+            part.origin = first if places is None else int(places[rows[0], max(0, pad - self.columns)])
+            if self.contexts is not None and part.origin != self.contexts.start:
+                raise InputError(
+                    "what follows a prefix or documents does not stand behind them", got=f"position {part.origin}",
+                    expected=self.contexts.start, remedy="pass position_ids",
+                )  # fmt: skip
             self.parts.append(part)
 
     def _widen(self, batch: int, call: Attention) -> None:
@@ -277,7 +297,8 @@ class SegmentLayer(Layer):
         part = Part([0], 0, [lane.branch() for lane in theirs.lanes])
         part.fed, part.origin = theirs.fed, theirs.origin
         self.parts, self.columns, self.prefix = [part], other.columns, other.columns
-        self.inserted, self.contexts = list(other.inserted), other.contexts
+        self.inserted = list(other.inserted)
+        self.contexts = None if other.contexts is None else other.contexts.aside()
         self.scale, self.softcap = other.scale, other.softcap
 
     def lanes(self) -> Iterator[Lane]:

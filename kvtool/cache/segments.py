@@ -39,6 +39,10 @@ class Segment(ABC):
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Add entries k, v [B,K,S,D] at the end."""
 
+    def faced(self, q: torch.Tensor, step: Step) -> torch.Tensor:
+        """q [B,H,T,D] as the entries meet it, which `attend` is to be given."""
+        return q
+
     @abstractmethod
     def attend(self, q: torch.Tensor, step: Step) -> Partial:
         """Every entry is visible to every query."""
@@ -158,6 +162,10 @@ class Dense(Segment):
             self.append(*rest)
             self.weight = None if weight is None else weight[:, :, count : count + remaining].clone()
         return k, v
+
+    def cut(self, count: int) -> None:
+        """Forget the last `count` entries; their room stays."""
+        self.length -= count
 
     def take(self, index: torch.Tensor) -> None:
         """Keep only the entries index int64 [B,K,N], in this order."""

@@ -57,6 +57,11 @@ class Encoding(Record):
         return replace(self, transforms=tuple(steps), codec=self.codec.fit(x))
 
     @property
+    def joint(self) -> bool:
+        """Of values: are they written with their keys?"""
+        return self.codec.elsewhere
+
+    @property
     def block(self) -> int:
         """Entries that must be encoded together: a common multiple of every part's."""
         parts = [self.codec.block]

@@ -71,9 +71,12 @@ class Decision:
 
 
 def thinned(
-    context: Context, budget: float | torch.Tensor, *, position: Literal["original", "reindex"] = "original",
+    context: Context,
+    budget: float | torch.Tensor,
+    *,
+    position: Literal["original", "reindex", "reencode"] = "original",
     **options: Any,
-) -> Keep:  # fmt: skip
+) -> Keep:
     """Scored eviction in every KV head: budget of all heads, or fp32 [L,K]; the other fields of `Select`."""
     shape = (context.geometry.layers, context.geometry.kv_heads)
     if not isinstance(budget, torch.Tensor):

@@ -79,18 +79,23 @@ def fresh(context: Context, options: Options) -> Tensors:
 
 def found(held: list[Example], tables: Tensors, options: Options) -> dict[str, float]:
     """Precision and recall of predicted boundaries, and the share of all places that are labelled."""
-    hits = guessed = real = places = 0
+    hits = caught = guessed = real = places = 0
     above = float(torch.logit(torch.tensor(options.sure)))
     for keys, label in held:
         logits = predicted.logits(keys, {name: table.to(keys) for name, table in tables.items()}, options.window)
         made = _base.chosen(logits, above, options.apart, options.most * keys.shape[1] // options.block)
-        near = functional.max_pool1d(label[:, None].float(), 3, 1, 1)[:, 0] > 0  # off by one is a hit
-        hits, guessed = hits + int((made & near).sum()), guessed + int(made.sum())
-        real, places = real + int(label.sum()), places + label.numel()
+        hits, guessed = hits + int((made & _near(label)).sum()), guessed + int(made.sum())
+        caught, real = caught + int((label & _near(made)).sum()), real + int(label.sum())
+        places += label.numel()
     return {
-        "precision": hits / max(1, guessed), "recall": hits / max(1, real), "boundaries": real / max(1, places),
+        "precision": hits / max(1, guessed), "recall": caught / max(1, real), "boundaries": real / max(1, places),
         "predicted": guessed / max(1, places),
     }  # fmt: skip
+
+
+def _near(places: torch.Tensor) -> torch.Tensor:
+    """bool [1,T]: is one of the places here, or one off?"""
+    return functional.max_pool1d(places[:, None].float(), 3, 1, 1)[:, 0] > 0
 
 
 def _weight(shown: list[Example]) -> torch.Tensor:
@@ -99,14 +104,15 @@ def _weight(shown: list[Example]) -> torch.Tensor:
     return torch.tensor(sum(label.numel() for _, label in shown) / real - 1)
 
 
-def given(context: Context, path: str, layer: int) -> tuple[Tensors, torch.Tensor]:
-    """The tables of an earlier plan, and its losses; raises InputError when it has none for this layer."""
-    made = plan.read(path)
+def given(context: Context, options: Options, layer: int) -> tuple[Tensors, torch.Tensor]:
+    """The tables of an earlier plan, and its losses; raises InputError when it has none for this layer and window."""
+    made = plan.read(options.weights)
     spec = None if made.read is None else made.read.prefill
-    if spec is None or not spec.tables or spec.leader != layer:
+    if spec is None or not spec.tables or (spec.leader, spec.window) != (layer, options.window):
         raise InputError(
-            "the plan has no network for this layer's boundaries", got=path, expected=f"one trained at layer {layer}"
-        )
+            "the plan has no network for this layer's boundaries", got=options.weights,
+            expected=f"one trained at layer {layer} with a window of {options.window}",
+        )  # fmt: skip
     if context.model is not None:
         made.check(context.model.fingerprint)
     return dict(spec.tables), made.evidence.get("loss", torch.zeros(0))

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtool.encoding.codecs import SIDES, WithKeys
+from kvtool.encoding.encoding import Encoding
 from kvtool.methods import _ranks
 from kvtool.rotary import Rotary
 from kvtool.statistics._base import States
 
+NOISE = 1e-10  # share of energy that rounding to fp32 may leave
 Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -58,11 +61,55 @@ def components(gram: torch.Tensor, rotary: Rotary, kv_heads: int, *, phase: bool
     return torch.cat(energies), torch.cat(columns, 1)
 
 
-def leading(rotary: Rotary, kv_heads: int, count: int) -> torch.Tensor:
-    """bool [count]: which of `count` components come first for their pair: those of one head's width, the rope head."""
+def leading(rotary: Rotary, kv_heads: int, count: int, heads: int = 1) -> torch.Tensor:
+    """bool [count]: which of `count` components come first for their pair, `heads` of each: those of so many heads'
+    width, the rope head."""
     first = torch.zeros(count, dtype=torch.bool)
-    first[: len(pairs(rotary)) * kv_heads : kv_heads] = True
+    for component in range(min(heads, kv_heads)):
+        first[component : len(pairs(rotary)) * kv_heads : kv_heads] = True
     return first
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """[K,T,D] → fp64 [T,C]."""
+    return x.double().transpose(0, 1).flatten(1)
+
+
+def still(view: States, x: torch.Tensor) -> torch.Tensor:
+    """x [·,T,D] of a text, turned to position 0."""
+    start = view.rotary.table(torch.zeros(x.shape[1], dtype=torch.long, device=x.device))
+    return view.rotary.rotate(view.rotary.unrotate(x, view.table), start)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent of keys without RoPE and of values: [k⁰·M_rest / ratio | v] → its principal directions R.
+
+    down, up fp64 [2C,n] of [k⁰ | v], strongest first: c = [k⁰ | v]·down, [k̂⁰ | v̂] = c·upᵀ, and energies: of the n
+    directions fp64 [n], and of those that rest and values have apart, [n]; n = C_rest + C.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    energy: torch.Tensor
+    apart: torch.Tensor
+
+
+def latent(rest: torch.Tensor, gram: torch.Tensor, norms: torch.Tensor, balance: float) -> Latent:
+    """rest fp64 [C,n−C], the columns of keys that lose RoPE; Gram of [k⁰ | v] fp64 [2C,2C]; mean norms of k⁰·rest and
+    of v, [2]. With `balance` both are equally long, times it, when their directions are found, unless no more than
+    rounding is left of keys."""
+    width = len(rest)
+    ratio, keys = norms[0] / (norms[1] * balance).clamp_min(1e-30), gram[:width, :width]
+    if float((rest.T @ keys @ rest).trace()) <= NOISE * float(keys.trace()):
+        ratio = torch.ones_like(ratio)
+    mixed = torch.block_diag(rest / ratio, torch.eye(width, dtype=rest.dtype))
+    both = mixed.T @ gram @ mixed
+    energy, directions = _ranks.principal(both)
+    cut = rest.shape[1]
+    apart = torch.cat([torch.linalg.eigvalsh(part).clamp_min(0.0) for part in (both[:cut, :cut], both[cut:, cut:])])
+    back = torch.block_diag(rest * ratio, torch.eye(width, dtype=rest.dtype))
+    return Latent(mixed @ directions, back @ directions, energy, apart.sort(descending=True).values)
 
 
 @dataclass(frozen=True)
@@ -77,37 +124,40 @@ class Mixed:
     dropped: torch.Tensor
 
     def kept(self, view: States, ranks: torch.Tensor) -> Sides:
-        """q, k and v of a text under the plan: keys and values through so many columns, all of them with RoPE."""
+        """q, k and v of a text if keys and values go through so many columns, all of them with RoPE."""
         sides = []
         for x, basis, rank in zip((view.k, view.v), (self.keys, self.values), ranks.tolist(), strict=True):
-            columns = basis[:, :rank].to(x.device).float()
-            flat = x.float().transpose(0, 1).flatten(1) @ columns @ columns.T
-            sides.append(flat.unflatten(1, x.shape[::2]).transpose(0, 1))
+            columns = basis[:, :rank].to(x.device)
+            sides.append((flat(x) @ columns @ columns.T).float().unflatten(1, x.shape[::2]).transpose(0, 1))
         return view.q.float(), sides[0], sides[1]
 
-    def without_rope(self, view: States, latent: int | None = None) -> Sides:
-        """q [H,T,C], k [K,T,C], v [K,T,D] of the converted layer: outside the rope head all stand at position 0, and
-        with `latent` that part of the keys and the values are rebuilt from their `latent` principal directions."""
+    def without_rope(self, view: States, joint: Latent | None = None, rank: int = 0) -> Sides:
+        """q [H,T,2D], k [K,T,2D], v [K,T,D] of the converted layer: what is outside the rope head stands at position 0,
+        and with `joint` it and the values are rebuilt from the first `rank` directions."""
         kv_heads, _, width = view.k.shape
-        mix = self.keys.to(view.k.device).unflatten(0, (kv_heads, width))  # [K,D,C]
-        start = view.rotary.table(torch.zeros(view.k.shape[1], dtype=torch.long, device=view.k.device))
-        bare = [view.rotary.rotate(view.rotary.unrotate(x, view.table), start) for x in (view.q, view.k)]
-        v = view.v.double().transpose(0, 1).flatten(1)
-        rest = torch.einsum("ktd,kdc->tc", bare[1].double(), mix)[:, ~self.rope]
-        if latent is not None:
-            rest, v = _joint(rest, v, latent)
-        k = torch.cat([torch.einsum("ktd,kdc->tc", view.k.double(), mix)[:, self.rope], rest], 1)
-        each = mix.repeat_interleave(len(view.q) // kv_heads, 0)  # [H,D,C]
-        q = torch.cat([(view.q.double() @ each)[..., self.rope], (bare[0].double() @ each)[..., ~self.rope]], -1)
-        return q.float(), k.float().expand(kv_heads, -1, -1), v.float().unflatten(1, (kv_heads, width)).transpose(0, 1)
+        columns = self.keys.to(view.k.device)
+        rope, rest = (columns[:, chosen] for chosen in (self.rope, ~self.rope))
+        bare, v = flat(still(view, view.k)), flat(view.v)
+        if joint is None:
+            bare = bare @ rest @ rest.T
+        else:
+            down, up = (each[:, :rank].to(bare) for each in (joint.down, joint.up))
+            bare, v = (torch.cat([bare, v], 1) @ down @ up.T).chunk(2, 1)
+        roped = flat(view.k) @ rope @ rope.T
+        k = torch.cat([x.unflatten(1, (kv_heads, width)) for x in (roped, bare)], -1)
+        q = torch.cat([view.q, still(view, view.q)], -1)
+        return q.float(), k.float().transpose(0, 1), v.float().unflatten(1, (kv_heads, width)).transpose(0, 1)
 
-
-def _joint(rest: torch.Tensor, v: torch.Tensor, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys without RoPE [T,·] and values [T,C], both rebuilt from one latent, in which they are equally long."""
-    if not rest.shape[1]:
-        return rest, v
-    ratio = (rest.norm(dim=1).mean() / v.norm(dim=1).mean().clamp_min(1e-30)).clamp_min(1e-30)
-    both = torch.cat([rest / ratio, v], 1)
-    directions = _ranks.principal(both.T @ both)[1][:, :latent]
-    rebuilt = both @ directions @ directions.T
-    return rebuilt[:, : rest.shape[1]] * ratio, rebuilt[:, rest.shape[1] :]
+    def pair(self, joint: Latent, rank: int, kv_heads: int) -> _ranks.Pair:
+        """[k | k⁰ | v] of all heads as [the rope head | the first `rank` directions]: the key's encoding, and the
+        value's. Nothing is made of a rope head that is all of the key, and of all directions."""
+        if bool(self.rope.all()) and rank == len(joint.energy):
+            return Encoding(), Encoding()
+        rope, count = self.keys[:, self.rope], len(self.keys)
+        made = []
+        for columns in (joint.down, joint.up):
+            wide = rope.new_zeros(SIDES * count, rope.shape[1] + rank)
+            wide[:count, : rope.shape[1]] = rope
+            wide[count:, rope.shape[1] :] = columns[:, :rank]
+            made.append(wide.unflatten(0, (SIDES, kv_heads, -1)).transpose(0, 1).flatten(0, 2)[None])
+        return _ranks.latent(made[0], made[1].transpose(1, 2), kv_heads), Encoding(WithKeys())

@@ -35,12 +35,12 @@ def channels(context: Context, *, samples: int, tokens: int) -> Trace:
     tokens, of the half of the default text that calibration may see. Raises InputError where there is neither."""
     if context.trace is not None and "channels" in context.trace.statistics:
         return context.trace
-    model = context.model
-    if model is None:
+    if context.model is None and context.load is None:
         raise InputError(
             "these options need to know which channels are loud", got="a trace without the statistic channels",
             remedy="profile with --stat channels, or pass the model",
         )  # fmt: skip
+    model = context.running
     seen = Trace(model.fingerprint, model.name, {"channels": statistic("channels")(model, model.geometry)})
     corpus = text(model, tokens=tokens, samples=samples, seed=context.seed, half="calibration")
     profile(model, seen, {"text": corpus})

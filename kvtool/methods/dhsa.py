@@ -139,6 +139,6 @@ def _network(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, float]]:
     """The network's tables, losses fp32 [steps], and how it does on texts held out."""
     if options.weights:
-        tables, losses = _boundaries.given(context, options.weights, leader)
+        tables, losses = _boundaries.given(context, options, leader)
         return tables, losses, {}
     return _boundaries.train(context, options, leader)

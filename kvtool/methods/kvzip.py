@@ -7,8 +7,8 @@ Kim et al., arXiv 2505.23416, NeurIPS 2025.
     keep the best budget · L · K · n of all layers and heads together;      memory 2·b·d·budget·L·K·n
 
 So the score depends on the context alone, and a question that comes later finds what an answer may need. It costs a
-second prefill: m tokens at a time, each of which attends to all n entries. `kvtool/cache/keep/rebuild.py` has the
-    passes.
+second prefill: m tokens at a time, each of which attends to all n entries. The passes are in
+`kvtool/cache/keep/rebuild.py`.
 
 `mode=heads` is the paper's context-independent form: a head scores what its best entry scores, the mean over prompts of
 the calibration text; the best `full` heads keep everything and the others sinks and a window, as in DuoAttention.

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 
 from kvtool.errors import InputError
-from kvtool.methods._base import Context, Decision
+from kvtool.methods._base import Context, Decision, share
 from kvtool.options import at_least
 from kvtool.slots import Draft, Excerpt
 
@@ -58,6 +58,9 @@ class Options:
     def __post_init__(self) -> None:
         at_least(1, self, "tokens", "chunk", "question")
         at_least(0, self, "start", "eta")
+        share(self.alpha, "alpha")
+        if not self.budget > 0:
+            raise InputError("bad option budget", got=self.budget, expected="a share up to 1, or a count of tokens")
 
 
 def calibrate(context: Context, options: Options) -> Decision:
@@ -71,7 +74,7 @@ def calibrate(context: Context, options: Options) -> Decision:
 def _read(spans: tuple[str, ...]) -> torch.Tensor | None:
     """("0-64", "300-420") → int32 [2,2]."""
     try:
-        pairs = [tuple(map(int, span.split("-"))) for span in spans]
-        return torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2) if spans else None
-    except (ValueError, RuntimeError) as error:
+        pairs = [(int(first), int(end)) for first, end in (span.split("-") for span in spans)]
+        return torch.tensor(pairs, dtype=torch.int32) if spans else None
+    except ValueError as error:
         raise InputError("cannot read the spans", got=",".join(spans), expected="tokens from-to, like 0-64") from error

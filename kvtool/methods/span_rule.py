@@ -7,11 +7,15 @@ is finished.
     memory 2·b·d·L·K·(t − tokens of the older ones)
 
 The rule alone: it looks at token ids, in the prompt and at every decode step, and drops the same entries in all heads.
-No model was trained to live with it here, and TIM's runtime was not read: the buffer of 2 and the stack of finished
-lists are from a description by others (card C19). TIM encodes what follows a dropped span again, so that nothing of it
-remains and positions close up. That is not done here: entries behind a span were computed while it was there.
-`position=reindex` closes positions up by turning keys, `original` leaves the gap. Spans inside one another go together.
-With `markers` a span goes one token later: the newest entry always stays, and a marker by itself would mean nothing.
+No model was trained to live with it here, and TIM's runtime was not read: the buffer of 2, the stack of finished lists
+and what follows them are from a description by others (card C19). TIM encodes what follows a dropped span again, so
+that nothing of it remains and positions close up. `position=reencode` does: the m tokens behind the first dropped one
+are fed again over what stands before it, a prefill of m tokens whenever a span goes. `reindex` closes positions up by
+turning keys, `original` leaves the gap; under both, entries behind a span were computed while it was there, and know of
+it.
+
+Spans inside one another go together. With `markers` a span goes one token later: the newest entry always stays, and a
+marker by itself would mean nothing.
 """
 
 from __future__ import annotations
@@ -31,13 +35,14 @@ MODEL = True
 @dataclass(frozen=True)
 class Options:
     """opening, closing: markers that a span lies between, several where there are several kinds. buffer: newest closed
-    spans that stay. markers: a span's markers go with it. position: original, or reindex to close up the gap."""
+    spans that stay. markers: a span's markers go with it. position: original, reindex to close up the gap, or reencode
+    to feed what stands behind it again."""
 
     opening: tuple[str, ...] = ("<think>",)
     closing: tuple[str, ...] = ("</think>",)
     buffer: int = 2
     markers: bool = False
-    position: Literal["original", "reindex"] = "original"
+    position: Literal["original", "reindex", "reencode"] = "original"
 
     def __post_init__(self) -> None:
         at_least(0, self, "buffer")

@@ -8,13 +8,18 @@ Xiong et al., arXiv 2410.03090.
     s_j = attention of the last w queries, maximum over `kernel` neighbours; the best stay, and the w newest
     at decode steps each head stays at its size, by the attention of the w newest queries;   memory 2·b·d·L·K·B
 
+    stages: E_l the entropy of layer l's hidden states (statistic `state-entropy`); a stage begins where E falls by more
+    than `fall` nats; the mean B of a layer falls in equal steps from stage to stage, to late · B in the last one
+
 Two groups are published most; of an odd number of heads the upper group is the larger. With low = 0.25 and B = 64 the
 budgets are 16 and 112, those of the released script at its smallest; at 512 it has 384 and 768 (low = 0.67), while its
 comment says otherwise. It also knows 4, 8 and 32 groups, whose budgets are not known here: the equal steps are ours.
 The paper ranks query heads and copies the cache to all of them; here a KV head keeps one set.
 
-Left out: dropping tokens from the hidden states between stages of layers while the prompt is read, which changes the
-prompt's own states and whose stages are constants in the released code.
+Published are stages for 32 layers, as constants, and that they begin where E falls by more than 1. There the prompt's
+tokens are dropped from the hidden states between stages, so that later layers hold fewer; by how many is not known
+here, and the equal steps to `late` are ours. Here later layers hold fewer too, but the prompt itself is read whole,
+which changes nothing in its own states and saves no time. Without `stages`, the default, all layers have the mean B.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from kvtool.methods._base import Context, Decision, odd, per_kv_head, share, thi
 from kvtool.options import at_least
 from kvtool.statistics.query_entropy import rising
 
-STATISTICS = ("query-entropy",)
+STATISTICS = ("query-entropy", "state-entropy")
 MODEL = False
 
 
@@ -37,7 +42,9 @@ class Options:
     """budget: entries that a KV head keeps in the mean, a share of the prompt when at most 1, else a count. low: budget
     of the heads of lowest entropy, a share of the mean. groups: of heads with one budget, in each layer; as many as
     there are heads at most. window: last queries that score, whose entries always stay. kernel: neighbours that are
-    pooled. pool: max, mean or none. decode: evict at every step, or append."""
+    pooled. pool: max, mean or none. decode: evict at every step, or append. stages: layers behind a fall of their
+    states' entropy keep less. fall: in nats, what begins a stage. late: budget of the last stage's layers, a share of
+    the mean."""
 
     budget: float = 0.25
     low: float = 0.25
@@ -46,12 +53,21 @@ class Options:
     kernel: int = 7
     pool: Literal["max", "mean", "none"] = "max"
     decode: Literal["evict", "append"] = "evict"
+    stages: bool = False
+    fall: float = 1.0
+    late: float = 0.5
 
     def __post_init__(self) -> None:
         at_least(1, self, "window")
         at_least(2, self, "groups")
         odd(self.kernel, "kernel")
         share(self.low, "low")
+        share(self.late, "late")
+        at_least(0, self, "fall")
+
+
+def reads(options: Options) -> tuple[str, ...]:
+    return STATISTICS if options.stages else STATISTICS[:1]
 
 
 def at(budget: float) -> dict[str, Any]:
@@ -65,16 +81,36 @@ def calibrate(context: Context, options: Options) -> Decision:
     group = groups(kv_heads, options.groups)  # of each place
     votes = (seen["places"] / texts) @ group.double()
     ranked = votes + 1e-6 * entropy  # which decides between heads with as many votes
-    budgets = caps(options.budget, options.low, group.bincount().tolist())
-    by_place = torch.tensor(budgets)[group]
-    budget = torch.stack([by_place[rising(row).argsort()] for row in ranked])
+    facts: dict[str, Any] = {}
+    means = [options.budget] * len(ranked)
+    if options.stages:
+        states = context.seen["state-entropy"]
+        facts["stages"] = stages((states["entropy"] / states["sequences"].clamp_min(1)).tolist(), options.fall)
+        means = falling(options.budget, options.late, facts["stages"], len(ranked))
+    sizes = group.bincount().tolist()
+    by_place = torch.tensor([caps(mean, options.low, sizes) for mean in means])[:, group]
+    budget = torch.stack([places[rising(row).argsort()] for row, places in zip(ranked, by_place, strict=True)])
     keep = thinned(
         context, budget, observed=options.window, pool=options.pool, kernel=options.kernel,
         recent=options.window, minimum=options.window, history=options.window if options.decode == "evict" else 0,
         when="step" if options.decode == "evict" else "prefill", decay=0.0,
     )  # fmt: skip
     evidence = {"entropy": (seen["entropy"] / texts).float(), "votes": votes.float()}
-    return Decision(keep, evidence, {"budgets": budgets})
+    facts["budgets"] = caps(options.budget, options.low, sizes)
+    return Decision(keep, evidence, facts)
+
+
+def stages(entropy: list[float], fall: float) -> list[int]:
+    """The first layer of each stage, by the entropy of each layer's states."""
+    return [0, *(layer for layer in range(1, len(entropy)) if entropy[layer - 1] - entropy[layer] > fall)]
+
+
+def falling(budget: float, late: float, first: list[int], layers: int) -> list[float]:
+    """The mean budget of each layer's heads, of stages that begin at these layers: `budget` in the mean."""
+    most = 1.0 if budget <= 1 else float("inf")
+    sizes = [end - start for start, end in zip(first, [*first[1:], layers], strict=True)]
+    each = caps(budget, late, sizes[::-1])[::-1]
+    return [min(mean, most) for mean, size in zip(each, sizes, strict=True) for _ in range(size)]
 
 
 def groups(heads: int, count: int) -> torch.Tensor:

@@ -18,7 +18,8 @@ class Excerpt(Record):
 
     spans: int32 [n,2], tokens from … to of the prompt, given; None: chosen by `score` (see `retrieval.py`). chunk:
     tokens of a chunk. budget: tokens of the chunks that are taken, a share of the prompt when ≤ 1, else a count; only
-    those that score `least`. start, question: first and last tokens that are always there; the last ones ask.
+    those that score `least`. start, question: first and last tokens that are always there, besides start tokens of the
+    model's own; the last ones ask.
     """
 
     spans: torch.Tensor | None = None

@@ -131,6 +131,14 @@ class Select(Record):
         return self.observe in ("rebuild", "answer")
 
     @property
+    def by_tokens(self) -> bool:
+        """Do all heads and layers drop the same entries at every step, by what their tokens are?"""
+        rule = self.rule("score")
+        tokens = rule.SEES == "entries" and getattr(rule, "NEEDS", ()) == ("tokens",)
+        same = self.alike and bool((self.budget == self.budget[0, 0]).all())
+        return tokens and same and self.when == "step" and self.merge == "drop"
+
+    @property
     def lossless(self) -> bool:
         whole = self.when != "step" and not (self.mass or self.least) and not self.rule("pick").RAGGED
         return whole and bool((self.budget == 1.0).all())
@@ -157,7 +165,8 @@ class Keep(Record):
     sink, recent: int32 [L,K] entries; recent counts the query's own entry; EVERYTHING keeps all.
     compensate: uint8 [L,K]; 1 folds dropped entries into one averaged entry of weight N (RazorAttention, section 3.3).
     recent_ratio: the window is max(recent, recent_ratio · prompt length).
-    position: "original", or "reindex" for positions counted inside the cache (StreamingLLM, section 3.2).
+    position: "original", or "reindex" for positions counted inside the cache (StreamingLLM, section 3.2); "reencode":
+        and tokens behind a dropped one are fed again over what is left, where a rule drops by tokens alone.
     select: scored eviction in the heads that the window leaves whole.
     dropped: uint8 [L]; a layer of 1 attends to nothing, in prefill too, and holds nothing (LLM-Drop): what its
         attention puts out is 0 before the output projection.
@@ -167,9 +176,17 @@ class Keep(Record):
     recent: torch.Tensor
     compensate: torch.Tensor
     recent_ratio: float = 0.0
-    position: Literal["original", "reindex"] = "original"
+    position: Literal["original", "reindex", "reencode"] = "original"
     select: Select | None = None
     dropped: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.position == "reencode" and (self.select is None or not self.select.by_tokens):
+            raise InputError(
+                "tokens are fed again where every head of every layer drops the same ones",
+                expected="a selection at every step that looks at tokens alone, for all heads alike, and merges none",
+                remedy="use position=reindex",
+            )
 
     @classmethod
     def heads(cls, full: torch.Tensor, *, sink: int, recent: int, compensate: bool = False, **options: Any) -> Keep:

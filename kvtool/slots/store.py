@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvtool.encoding.codecs import SIDES
 from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
 from kvtool.records import Record
@@ -29,6 +30,8 @@ class Store(Record):
         `older` says, whose own windows mean nothing.
     once: only the prompt is encoded, by encodings that fit themselves to it; what is decoded later stays raw.
     rest: how entries are held that a selection drops (`Keep.select`), instead of freed; its windows mean nothing.
+
+    Where a value's codec is `WithKeys`, its key's encoding writes both, and is as wide as both.
     """
 
     keys: tuple[Encoding, ...]
@@ -102,6 +105,11 @@ class Store(Record):
         return own and self.rest is None and (self.older is None or self.older.lossless)
 
     @property
+    def joint(self) -> bool:
+        """Does any head write values with keys?"""
+        return any(encoding.joint for store in self.chain for encoding in store.used)
+
+    @property
     def fits(self) -> bool:
         """Does any encoding fit itself to the prompt, which must then be in first?"""
         return any(encoding.fits for store in self.chain for encoding in store.used)
@@ -172,5 +180,6 @@ class Store(Record):
                 )  # fmt: skip
             wanted |= {(number, len(span)) for number in used.unique().tolist() if number != RAW}
         for number, layers in sorted(wanted):
-            for encoding in (self.keys[number], self.values[number]):
-                encoding.check(layers * kv_heads, width)
+            sides = SIDES if self.values[number].joint else 1
+            self.keys[number].check(layers * kv_heads, sides * width)
+            self.values[number].check(layers * kv_heads, width)

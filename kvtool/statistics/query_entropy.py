@@ -41,14 +41,18 @@ class QueryEntropy(Statistic):
 
 def entropy(q: torch.Tensor) -> torch.Tensor:
     """Queries of one head [T,D] → S, fp64."""
-    x = torch.nn.functional.normalize(q.double() - q.double().mean(0), dim=-1)
-    covariance = x.T @ x / len(x)
-    size = covariance.trace()
+    return nats(q) / math.log(q.shape[-1])
+
+
+def nats(rows: torch.Tensor) -> torch.Tensor:
+    """−Σ_{i ≤ 32} λ_i ln λ_i of rows [T,D], fp64; xxᵀ has the same spectrum as xᵀx, and is smaller for few rows."""
+    x = torch.nn.functional.normalize(rows.double() - rows.double().mean(0), dim=-1)
+    products = (x @ x.T if len(x) < x.shape[1] else x.T @ x) / len(x)
+    size = products.trace()
     if not float(size):
         return size
-    width = q.shape[-1]
-    values = torch.linalg.eigvalsh(covariance / size).flip(0)[:LARGEST].clamp_min(0) + FLOOR
-    return -(values * values.log()).sum() / math.log(width)
+    values = torch.linalg.eigvalsh(products / size).flip(0)[:LARGEST].clamp_min(0) + FLOOR
+    return -(values * values.log()).sum()
 
 
 def rising(scores: torch.Tensor) -> torch.Tensor:

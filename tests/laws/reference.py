@@ -134,7 +134,8 @@ def _attention(  # noqa: C901 (the definition in one piece, to be read from top 
             dropped = list(range(sink, first))
             k_row, v_row = key[:, head : head + 1], value[:, head : head + 1]
             if head in coded and everything:
-                k_row, v_row = _as_seen(run, row, (k_row, v_row), coded[head], orders[head], head in chosen)
+                back = _placed(module, run, row, coded[head])
+                k_row, v_row = _as_seen(run, row, (k_row, v_row), back, orders[head], head in chosen)
             q, k, v = query[:, heads, row : row + 1], k_row[:, :, seen], _wide(v_row[0, 0, seen])
             if keep is not None and keep.position == "reindex" and dropped:
                 place = torch.tensor([j if j < sink else j - len(dropped) for j in seen])
@@ -198,8 +199,9 @@ def _order(run: _Run, chosen: list[int] | None, tokens: int) -> list[int]:
 
 def _coded(
     module: Any, run: _Run, key: torch.Tensor, value: torch.Tensor, orders: dict[int, list[int]]
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """KV head → its list's coded entries as the store gives them back, [1,1,n,D] each: whole blocks after the sinks."""
+) -> dict[int, tuple[torch.Tensor, ...]]:
+    """KV head → its list's coded entries as the store gives them back, [1,1,n,D] each: whole blocks after the sinks.
+    Keys, values, and where both are written together what is to be added to the keys, as it stands at position 0."""
     store, layer, found = run.plan.store, module.layer_idx, {}
     for number in store.index[layer].unique().tolist():
         heads = (store.index[layer] == number).nonzero().flatten().tolist()
@@ -210,6 +212,14 @@ def _coded(
             [heads] if store.keys[number].joined > 1 or store.values[number].joined > 1 else [[h] for h in heads]
         ):
             places, sides = torch.tensor(orders[group[0]][store.sink : store.sink + whole]), []
+            if store.values[number].joint:
+                held = [x[:, group][:, :, places] for x in (key, value)]
+                entry = torch.cat([held[0], _moved(module, run, held[0], places, 0 * places), held[1]], -1)
+                encoding = store.keys[number].heads(group, key.shape[1])
+                blocks = [encoding.decode(encoding.encode(b), entry.shape[-1]) for b in entry.split(store.block, 2)]
+                roped, bare, back = torch.cat(blocks, dim=2).to(key.dtype).chunk(3, -1)
+                found |= {head: tuple(x[:, [at]] for x in (roped, back, bare)) for at, head in enumerate(group)}
+                continue
             for encoding, x in (
                 (store.keys[number].heads(group, key.shape[1]), key),
                 (store.values[number].heads(group, key.shape[1]), value),
@@ -230,6 +240,15 @@ def _stretch(cosine: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     if cosine is None:
         return x.new_ones(1)
     return torch.nn.functional.pad(cosine, (0, x.shape[-1] - cosine.shape[-1]), value=1.0)[:, None]
+
+
+def _placed(module: Any, run: _Run, row: int, coded: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as a row sees them: a key without RoPE stands wherever the row does."""
+    k, v, *bare = coded
+    for part in bare:
+        here = torch.full((part.shape[2],), row)
+        k = k + _moved(module, run, part, 0 * here, here)
+    return k, v
 
 
 def _as_seen(

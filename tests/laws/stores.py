@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvtool.encoding.codecs import Affine, Delta, Levels, Polar, Raw, Sketched, Split, Ternary
+from kvtool.encoding.codecs import Affine, Delta, Levels, Polar, Raw, Sketched, Split, Ternary, WithKeys
 from kvtool.encoding.codecs.sketched import signs as sketch_signs
 from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.residuals import ErrorBasis, Outliers
@@ -23,6 +23,13 @@ def _bases(kv_heads: int, rank: int, seed: int = 0) -> Linear:
     basis = torch.linalg.qr(torch.randn(kv_heads, 8, 8, generator=draw))[0][..., :rank]
     mean = 0.1 * torch.randn(kv_heads, 8, generator=draw)
     return Linear(basis.contiguous(), basis.transpose(1, 2).contiguous(), mean)
+
+
+def _whole(width: int, rank: int) -> Linear:
+    """Of keys after RoPE, keys without it and values, which lie behind one another."""
+    draw = torch.Generator().manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(1, width, width, generator=draw))[0][..., :rank]
+    return Linear(basis.contiguous(), basis.transpose(1, 2).contiguous())
 
 
 def _pairs(kv_heads: int) -> dict[str, tuple[Encoding, Encoding]]:
@@ -68,6 +75,7 @@ def _pairs(kv_heads: int) -> dict[str, tuple[Encoding, Encoding]]:
             Encoding(sketch_signs(16), (Linear(sketch[None], sketch.T[None] / 16),)),
             Encoding(Levels(normal, 4, "channel", "norm")),
         ),
+        "with-keys": (Encoding(Affine(4, 8, "token"), (_whole(24, 16),), error=ErrorBasis(1, 8)), Encoding(WithKeys())),
     }
     if kv_heads % 2 == 0:
         mix = Linear(
@@ -79,6 +87,7 @@ def _pairs(kv_heads: int) -> dict[str, tuple[Encoding, Encoding]]:
             Encoding(Affine(4, 8, "token"), (Join(2), Hadamard())),
             Encoding(PER_TOKEN, (Join(2), Hadamard())),
         )
+        pairs["joined-with-keys"] = (Encoding(PER_TOKEN, (Join(2), _whole(48, 32))), Encoding(WithKeys()))
     return pairs
 
 
@@ -98,5 +107,5 @@ def stored(model: Model, name: str, *, sink: int = 1, recent: int = 3, block: in
 
 NAMES = ["four-bits", "two-bits", "three-bits-rotated", "before-rope", "low-rank", "channels", "tables", "signs",
          "ternary", "residuals", "eight-bit-floats", "split", "differences", "polar", "norms", "sketch",
-         "mixed"]  # fmt: skip
-PAIRED = ["joined", "joined-direct"]  # where the number of KV heads is even
+         "with-keys", "mixed"]  # fmt: skip
+PAIRED = ["joined", "joined-direct", "joined-with-keys"]  # where the number of KV heads is even

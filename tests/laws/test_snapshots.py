@@ -114,7 +114,7 @@ def test_another_prefix_is_not_saved(wrong: str, llama: Model, tmp_path: Path) -
         snapshot.save(str(tmp_path / "document.kv"), llama, cache, ids, prefix=None if wrong == "none" else prefix[:3])
 
 
-@pytest.mark.parametrize("wrong", ["tokens", "rows", "branch"])
+@pytest.mark.parametrize("wrong", ["tokens", "rows", "branch", "inserted"])
 def test_what_is_not_one_whole_sequence_is_refused(wrong: str, llama: Model, tmp_path: Path) -> None:
     ids = random_ids(2 if wrong == "rows" else 1, 20)
     cache = SegmentCache(llama)
@@ -122,5 +122,8 @@ def test_what_is_not_one_whole_sequence_is_refused(wrong: str, llama: Model, tmp
     if wrong == "branch":
         cache = SegmentCache(llama, prefix=cache)
         feed(llama, cache, ids[:, :3], [3], shift=20)
+    if wrong == "inserted":
+        k = torch.zeros(1, llama.geometry.kv_heads, 2, llama.geometry.head_dim)
+        cache.insert([(k, k)] * llama.geometry.layers)
     with pytest.raises(InputError, match="not the tokens" if wrong == "tokens" else "cannot be saved"):
         snapshot.save(str(tmp_path / "document.kv"), llama, cache, ids[0, : 19 if wrong == "tokens" else 20])

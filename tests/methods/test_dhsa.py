@@ -20,6 +20,8 @@ from kvtool.cache.read.summaries._base import Given
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError
+from kvtool.methods import _boundaries
+from kvtool.methods.dhsa import Options
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.rotary import NONE
@@ -123,8 +125,18 @@ def test_networks_are_reused(tmp_path) -> None:
     assert again.read.prefill is not None
     for name, table in made.read.prefill.tables.items():
         same(again.read.prefill.tables[name], table)
-    with pytest.raises(InputError, match="no network for this layer"):
-        dhsa(model, weights=path, layer=1)
+    for other in (dict(layer=1), dict(window=3)):
+        with pytest.raises(InputError, match="no network for this layer"):
+            dhsa(model, weights=path, **other)
+
+
+def test_how_a_network_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three guesses at one boundary find one boundary."""
+    label, logits = torch.zeros(1, 60, dtype=torch.bool), torch.full((1, 60), -5.0)
+    label[0, [10, 20]], logits[0, [9, 10, 11, 40]] = True, torch.tensor(5.0)
+    monkeypatch.setattr(predicted, "logits", lambda keys, tables, window: logits)
+    found = _boundaries.found([(torch.zeros(1, 60, 8), label)], {}, Options(apart=0, block=8))
+    assert found == {"precision": 3 / 4, "recall": 1 / 2, "boundaries": 2 / 60, "predicted": 4 / 60}
 
 
 def test_a_network_can_tell_a_change_of_keys() -> None:

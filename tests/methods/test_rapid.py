@@ -143,6 +143,16 @@ def test_given_spans_are_taken_as_they_are() -> None:
         excerpt(models.shared("llama"), tokens[:8], spec)
 
 
+def test_a_start_token_of_the_models_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt without it would be unlike any that the model was trained on."""
+    model, tokens = models.shared("llama"), torch.arange(30)
+    monkeypatch.setattr(Model, "start", property(lambda self: [0]))
+    spec = Excerpt(chunk=8, least=2.0, question=2)
+    assert excerpt(model, tokens, spec).tolist() == [0, 28, 29]
+    assert excerpt(model, tokens + 1, spec).tolist() == [29, 30]
+    assert spans(model, tokens, Excerpt(chunk=27, budget=27, question=2)) == [(1, 28)]
+
+
 def test_the_plan_is_a_file(tmp_path: Any) -> None:
     made = rapid(models.shared("llama"), spans="0-4,8-12", eta=10.0)
     found = read_plan(made.write(str(tmp_path / "rapid"))).draft
@@ -152,7 +162,10 @@ def test_the_plan_is_a_file(tmp_path: Any) -> None:
     assert (found.eta, found.excerpt.spans.tolist()) == (10.0, [[0, 4], [8, 12]])
 
 
-@pytest.mark.parametrize("spans", ["4", "9-4", "a-b", "1-2-3"])
-def test_refused(spans: str) -> None:
-    with pytest.raises(InputError, match="spans"):
-        rapid(models.shared("llama"), spans=spans)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [*(("spans", text) for text in ("4", "9-4", "a-b", "1-2-3", "1-2-3,4-5-6", "-4")), ("alpha", 1.5), ("budget", 0.0)],
+)
+def test_refused(option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=option):
+        rapid(models.shared("llama"), **{option: value})

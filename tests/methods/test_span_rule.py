@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests import models
-from tests.running import feed, own
+from tests.running import feed, left_padded, own
 from tests.tolerance import close, error, same
 
 TEXT = "so<ab>it<cd<ef>g>was<h>that<>day<ijk>x"
@@ -103,6 +105,88 @@ def test_positions_close_up() -> None:
         k = next(cache.segments[0].lanes()).recall()[0]
         bare.append(model.rotary(0).unrotate(k, model.rotary(0).table(places)))
     close(bare[0], bare[1], torch.float32)  # the first layer's keys know nothing but token and place
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "buffer", "markers"),
+    [
+        ("llama", TEXT, 1, False),
+        ("qwen3", "<ab>c<de>f<gh>ijk<l>m<no>pq", 0, True),
+        ("mqa", TEXT, 2, True),
+        ("rope-yarn", TEXT, 0, True),
+    ],
+)
+def test_fed_again_nothing_of_a_span_remains(name: str, text: str, buffer: int, markers: bool) -> None:
+    """Card C19: at every step the logits are those of a fresh prompt of the tokens held, which knew no other."""
+    model = models.double(name)
+    plan = made(model, buffer=buffer, markers=markers, position="reencode")
+    cache = SegmentCache(model, plan)
+    chunks = [PROMPT, *[1] * (len(text) - PROMPT)]
+    got = feed(model, cache, tokens(text), chunks)
+    moved = SegmentCache(model, made(model, buffer=buffer, markers=markers, position="reindex"))
+    assert error(got, feed(model, moved, tokens(text), chunks)) > 1e-3
+    expected = [own(model, tokens(text[:PROMPT]))]
+    for end in range(PROMPT, len(text)):
+        left = [*stays(text[:end], buffer, markers), end]
+        expected.append(own(model, tokens("".join(text[at] for at in left)))[:, -1:])
+    close(got, torch.cat(expected, dim=1), torch.float32)
+    assert cache.nbytes == moved.nbytes
+
+
+def test_feeding_again_costs_what_stands_behind() -> None:
+    """`>` alone behind the first span, which is the last token; `>d<e>` behind the second; nothing without a span."""
+    model = models.double("llama")
+    for text, buffer, costs in (("a<bc>d", 0, [0, 1, 0]), ("a<b>d<e>", 1, [0, 0, 5]), ("a<b>d<ef", 1, [0, 0, 0])):
+        cache = SegmentCache(model, made(model, buffer=buffer, position="reencode"))
+        feed(model, cache, tokens(text[:-3]), [len(text) - 3])
+        for at, cost in zip(range(len(text) - 3, len(text)), costs, strict=True):
+            before = cache.fed_again
+            with model.served(), torch.no_grad():
+                model.network(input_ids=tokens(text[at]), past_key_values=cache)
+            assert cache.fed_again - before == cost
+
+
+def test_who_stood_behind_a_span_knows_who_stood_before_it() -> None:
+    """B follows A once the span between them is gone: a head that looks for what followed A finds it only where B was
+    fed again. Before, B's entry says that it followed a marker."""
+    model = models.with_tokenizer(models.induction_model())
+    text, found = "kmA<qrs>Bnop", {}
+    for position in ("original", "reindex", "reencode"):
+        cache = SegmentCache(model, made(model, buffer=0, markers=True, position=position))
+        logits = feed(model, cache, tokens(text + "A"), [len(text), 1])
+        found[position] = chr(int(logits[0, -1].argmax()))
+    assert found["reencode"] == "B"
+    assert "B" not in (found["original"], found["reindex"])
+
+
+def test_fed_again_in_a_batch_and_by_chunks() -> None:
+    """Rows whose spans end at other steps, with padding, are each as alone; tokens fed together end in the same."""
+    model = models.double("llama")
+    plan = made(model, buffer=0, position="reencode")
+    texts = [TEXT[:26], TEXT[4:26]]
+    ids, mask = left_padded([tokens(text)[0] for text in texts])
+    whole = SegmentCache(model, plan)
+    feed(model, whole, ids, [16, *[1] * 10], mask=mask)
+    for row, text in enumerate(texts):
+        alone, pieces = (SegmentCache(model, plan) for _ in range(2))
+        feed(model, alone, tokens(text), [len(text) - 10, *[1] * 10])
+        feed(model, pieces, tokens(text), [len(text) - 10, 1, 3, 5, 1])
+        for layer, batched in enumerate(whole.segments):
+            (lane,), (part,) = alone.segments[layer].lanes(), [p for p in batched.parts if p.rows == [row]]
+            for other in (part.lanes[0], next(pieces.segments[layer].lanes())):
+                for mine, theirs in zip(lane.recall()[:2], other.recall()[:2], strict=True):
+                    close(mine, theirs, torch.float32)
+
+
+def test_feeding_again_is_refused_where_it_cannot_be() -> None:
+    gemma = models.shared("gemma3")
+    with pytest.raises(InputError, match="a window has let some of them go"):
+        SegmentCache(gemma, made(gemma, position="reencode"))
+    keep = made(models.shared("llama")).keep
+    assert keep is not None
+    assert keep.select is not None
+    with pytest.raises(InputError, match="drops the same ones"):
+        replace(keep, select=replace(keep.select, score="key-norm"), position="reencode")
 
 
 def test_bytes_go_with_the_spans() -> None:

@@ -11,7 +11,7 @@ from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.methods import uncomp as uncomp_
 from kvtool.methods._base import Context
-from kvtool.methods.uncomp import caps, groups
+from kvtool.methods.uncomp import caps, falling, groups, stages
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests import models
@@ -21,7 +21,8 @@ from tests.running import feed
 
 
 def uncomp(model: Model, **settings: object) -> Plan:
-    return calibrate("uncomp", settings, model=model, trace=trace(model, ("query-entropy",)))
+    needed = ("query-entropy", "state-entropy") if "stages" in settings else ("query-entropy",)
+    return calibrate("uncomp", settings, model=model, trace=trace(model, needed))
 
 
 def test_the_budgets_of_the_released_script() -> None:
@@ -93,3 +94,43 @@ def test_no_head_holds_less_than_its_window(llama: Model) -> None:
     feed(llama, cache, random_ids(1, 40, seed=5), [36, *[1] * 4])
     assert int(cache.entries().min()) == 4
     assert bool(torch.isfinite(cache.entries().float()).all())
+
+
+def test_stages_begin_where_the_entropy_of_states_falls() -> None:
+    """A rise begins none, nor a fall of just as much as is allowed."""
+    assert stages([3.0, 3.1, 1.9, 1.9, 0.9, 2.5, 1.0], 1.0) == [0, 2, 6]
+    assert stages([3.0, 2.0, 1.0], 1.0) == [0]
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("first", [[0], [0, 2, 15, 26, 31], [0, 31]])
+def test_later_stages_keep_less_and_the_mean_is_the_budget(first: list[int], budget: float) -> None:
+    """Card A17 has the stages of a model of 32 layers."""
+    made = falling(budget, 0.5, first, 32)
+    assert made == sorted(made, reverse=True)
+    assert made[0] <= 1
+    assert sum(made) / 32 == pytest.approx(budget)
+    assert len({round(each, 6) for each in made}) == (1 if budget == 1 else len(first)) or budget == 0.9
+    if budget <= 0.6:
+        assert made[-1] == pytest.approx(0.5 * budget if len(first) > 1 else budget)
+
+
+def test_layers_behind_a_collapse_of_states_keep_less() -> None:
+    """Planted: layer 1 writes along one direction, far more than stands there, so that all states point one way."""
+    model = models.build("llama")
+    weight = model.network.model.layers[1].mlp.down_proj.weight.data
+    weight[1:], weight[0] = 0.0, 1e4 * weight[0]
+    made = uncomp(model, budget=40, stages=True, decode="append")
+    assert made.provenance["facts"]["stages"] == [0, 1]
+    cache = SegmentCache(model, made)
+    feed(model, cache, random_ids(1, 120, seed=5), [119, 1])
+    held = cache.entries().sum(1).tolist()
+    assert held[0] > held[1] == held[2]
+    assert made.keep is not None
+    assert made.keep.select is not None
+    assert made.keep.select.budget.mean(1).tolist() == [80, 20, 20]
+    plain = uncomp(model, budget=40, decode="append")
+    assert plain.keep is not None
+    assert plain.keep.select is not None
+    assert plain.keep.select.budget.mean(1).tolist() == [40, 40, 40]
+    assert "stages" not in plain.provenance["facts"]

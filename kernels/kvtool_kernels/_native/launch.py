@@ -52,7 +52,7 @@ def attend_lanes(
     count = query_heads // heads * tokens
     passes = -(-count // AT_ONCE)
     rows = -(-count // passes)
-    threads, tile = torch.get_num_threads(), max([_tile(keys) for keys, _ in sides])
+    threads, tile = torch.get_num_threads(), max([_tile(side) for pair in sides for side in pair])
     entries = batch * passes * sum([shape[0] * shape[1] for shape in shapes])
     workers = max(1, min(SHARE * threads, entries // SPLIT)) if threads > 1 else 1
     deal = _dealt(batch, tuple([(shape[0], -(-shape[1] // tile)) for shape in shapes]), passes, workers)

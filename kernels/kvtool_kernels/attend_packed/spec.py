@@ -49,6 +49,7 @@ CASES = (
         for entries in (0, 1, 63, 500, 1000)
     ),
     *(Case(Side(2, "token", group), Side(2, "channel", 8), entries=384) for group in (8, 16, 64, 128)),
+    *(Case(Side(2, keys, 32), Side(2, "token", 128), entries=384) for keys in ("channel", "token")),
     *(kivi(2, batch=3, heads=heads, kv_heads=kv_heads, entries=96) for heads, kv_heads in ((4, 4), (7, 1), (16, 2))),
     *(kivi(4, tokens=tokens, batch=2) for tokens in (2, 5, 17)),
     *(kivi(4, width=width, value_width=value_width) for width, value_width in ((128, 64), (40, 96), (64, 32))),

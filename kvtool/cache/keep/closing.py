@@ -32,11 +32,11 @@ def close_up(buffers: tuple[torch.Tensor, ...], index: torch.Tensor, held: int) 
 
 def _moves(index: torch.Tensor, held: int) -> Iterator[tuple[int, int, int, int]]:
     """(row of B·K, to, from, entries) of each run of entries that moves up, the front ones first."""
-    kept, gone, places = index.shape[2], held - index.shape[2], torch.arange(index.shape[2])
-    if gone == 1:
-        borders = (index == places).sum(-1).reshape(-1, 1).tolist()
+    kept, gone = index.shape[2], held - index.shape[2]
+    if gone == 1:  # which is what lacks in the sum of all places, and those behind it move by one
+        borders = (held * (held - 1) // 2 - index.sum(-1)).reshape(-1, 1).tolist()
     else:
-        shift = (index - places).flatten(0, 1)  # how far each entry moves: from 0 up to `gone`
+        shift = (index - torch.arange(kept)).flatten(0, 1)  # how far each entry moves: from 0 up to `gone`
         borders = torch.searchsorted(shift, torch.arange(1, gone + 1).expand(len(shift), -1).contiguous()).tolist()
     for row, starts in enumerate(borders):
         for number, (low, high) in enumerate(zip(starts, [*starts[1:], kept], strict=True), start=1):

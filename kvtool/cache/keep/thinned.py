@@ -24,13 +24,16 @@ from kvtool_kernels.ops import merge
 
 
 class Thinned(Bulk):
-    """reindex: what a selection keeps is moved up to the next token, so that positions are counted inside the cache."""
+    """reindex: what a selection keeps is moved up to the next token, so that positions are counted inside the cache.
+    again: and what stands behind a dropped entry is to be fed again (`again.py`)."""
 
     def __init__(
-        self, heads: list[int], *, selector: Selector, rest: Rest | None = None, reindex: bool = False, **options: Any
-    ):
+        self, heads: list[int], *, selector: Selector, rest: Rest | None = None, reindex: bool = False,
+        again: bool = False, **options: Any,
+    ):  # fmt: skip
         super().__init__(heads, **options)
-        self.selector, self.rest, self.reindex = selector, rest, reindex
+        self.selector, self.rest, self.reindex, self.again = selector, rest, reindex, again
+        self.sound: int | None = None  # the first entries, if those behind them are to be fed again
         self.stepping = selector.spec.when == "step"
         self.selecting = True  # until the prompt is in, and the branch of a shared prefix never
         self.tokens: torch.Tensor | None = None  # int64 [B,K,N], where the selector looks at them
@@ -70,6 +73,11 @@ class Thinned(Bulk):
             return super()._attend(q, step, causal=causal)
         out, self.selector.logits = self.recent.scored(q, step)
         return self._attend_before(q, step, out)
+
+    def renew(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        self.recent.cut(k.shape[2])
+        self.recent.append(k, v)
+        return super()._attend(q, step, causal=True)
 
     def _attend_before(self, q: torch.Tensor, step: Step, out: Partial) -> Partial:
         out = super()._attend_before(q, step, out)
@@ -151,7 +159,7 @@ class Thinned(Bulk):
                     self.recent.take(index)
                     if merged is not None:
                         self.recent.put(merged.places, merged.k, merged.v, merged.counts if spec.count else None)
-                scores = scores.gather(2, index)
+                scores = scores.gather(2, index) if self.selector.remembers else scores
                 self._place(index, held)
         self.selector.settle(scores, limit)
 
@@ -168,6 +176,9 @@ class Thinned(Bulk):
         """Entries index int64 [B,K,N] of those held have stayed: note their positions where keys need them, or move
         their keys so that they stand right before the next token; all held stood so before."""
         key, selector = self.encodings[0], self.selector
+        if self.again:
+            stayed = int((index[0, 0] == torch.arange(index.shape[2], device=index.device)).sum())
+            self.sound = stayed if self.sound is None else min(self.sound, stayed)
         if self.tokens is not None:
             self.tokens = self.tokens.gather(2, index)
         if self.reader is not None:

@@ -114,6 +114,8 @@ def weights(q: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torc
 def recorded(read: Read) -> int:
     """How many of a prompt's newest queries a reading looks at; −1 all."""
     rule = registry.module("cache/read/summaries", read.summary, "summary")
+    if read.index is not None and registry.module("cache/read/indexes", read.index, "index").QUERIES:
+        return -1
     if hasattr(rule, "CREDITS") or (read.query == "probe" and read.usual is None):
         return -1
     return read.asked if read.query in ("together", "probe") else 0

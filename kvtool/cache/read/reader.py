@@ -13,6 +13,7 @@ they have been looked at on average so far. Shapes: as in `units.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,6 +76,14 @@ class Reader:
         self.whole = False  # did the last step read everything?
         self.reads = self.asks = self.looks = 0  # steps; choosers in all of them, and those that chose anew
         self.group = 1  # query heads of a KV head
+
+    def aside(self) -> Reader:
+        """A reader of the same units that has read nothing yet."""
+        made = copy.copy(self)
+        made.choice = made.age = made.young = made.asked = None
+        made.fetched, made.known, made.whole = (), 0, False
+        made.reads = made.asks = made.looks = 0
+        return made
 
     @property
     def watches(self) -> bool:

@@ -58,8 +58,7 @@ class Units:
         """Entries k, v [B,K,S,D], S a multiple of the unit, are about to join the bulk; runs int32 [B,K,S] are their
         numbers, where there is a cut, and credit [B,K,S] what they were attended, where the summary wants to know."""
         self.width = k.shape[3]
-        if self.given.table is not None and self.given.table.device != k.device:
-            self.given = replace(self.given, table=self.given.table.to(k.device))
+        self._place(k.device)
         if self.spec.tail == "mean":
             sums = wide(v).sum(2, keepdim=True)
             self.total = sums if self.total is None else self.total + sums
@@ -74,6 +73,11 @@ class Units:
                 self._agree(cosine.amin(-1), keys, v.unflatten(2, (-1, self.spec.unit)))
         elif runs is not None and (self.spec.form == "run" or self.labels is not None):
             self._grow(k, v, runs + self.made)
+
+    def _place(self, device: torch.device) -> None:
+        """The plan's table lies where the model is, also of units that came from a file."""
+        if self.given.table is not None and self.given.table.device != device:
+            self.given = replace(self.given, table=self.given.table.to(device))
 
     def _agree(self, least: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """New units k, v [B,K,U,unit,D] of the least cosines [B,K,U] have come; of all, the outliers are held."""
@@ -134,6 +138,7 @@ class Units:
 
     def scores(self, q: torch.Tensor, bulk: Segment) -> torch.Tensor:
         """q [B,K,G,D] → [B,K,G,U]; −inf for units that nothing belongs to."""
+        self._place(q.device)
         if hasattr(self.rule, "share"):
             return self.rule.score(q, (bulk.keys().unflatten(2, (-1, self.spec.unit)),), self.given)
         parts = self.parts if self.means is None else self.rule.pooled(self.means, self.sizes)

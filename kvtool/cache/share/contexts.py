@@ -16,8 +16,9 @@ Shapes: B batch, H query heads, T tokens, D head dim. Every row of a batch has t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,12 @@ class Context:
         self.layer.done()
         return out
 
+    def aside(self) -> Context:
+        """The same for one more cache, whose queries leave no trace for others."""
+        layer, part = copy.copy(self.layer), copy.copy(self.layer.parts[0])
+        part.lanes, layer.parts = [lane.aside() for lane in part.lanes], [part]
+        return replace(self, layer=layer)
+
 
 class Contexts:
     """One layer's. `start`: the position of the cache's own first token. temperature, scale: T and S."""
@@ -63,7 +70,7 @@ class Contexts:
         temperature: float = 1.0,
         scale: float = 1.0,
     ):
-        self.start, self.prefix, self.documents = start, prefix, tuple(documents)
+        self.start, self.prefix, self.documents = start, prefix, tuple(each.aside() for each in documents)
         self.temperature, self.scale = temperature, scale
 
     def beside(self, q: torch.Tensor, own: Partial, start: int, scale: float, softcap: float | None) -> Partial:
@@ -84,6 +91,10 @@ class Contexts:
             out = out.reshape(heads, batch, tokens, -1).transpose(0, 1)
             own = merge(own, (out, lse.reshape(heads, batch, tokens).transpose(0, 1)))
         return own
+
+    def aside(self) -> Contexts:
+        """The same for one more cache."""
+        return Contexts(self.start, self.prefix, self.documents, self.temperature, self.scale)
 
     def lanes(self) -> Iterator[Lane]:
         """All lanes of all contexts."""

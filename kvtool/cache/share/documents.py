@@ -120,10 +120,11 @@ def _length(document: SegmentCache, first: int) -> int:
     if not document.single:
         raise InputError("a document is one sequence without padding")
     read = document.plan.read if document.plan is not None else None
-    if read is not None and read.cut is not None:
+    if read is not None and (read.cut is not None or read.query != "own"):
         raise InputError(
-            "a document's plan looks for runs in what is written after it, which the document does not see",
-            got=f"a cut by {read.cut}", remedy="save the document under a plan without cut",
+            "a document's plan goes by what is written after it, which the document does not see",
+            got=f"cut {read.cut}, query {read.query!r}",
+            remedy="save the document under a plan without cut, whose steps choose by their own queries",
         )  # fmt: skip
     layer = document.segments[0]
     if layer.place - layer.columns != first:

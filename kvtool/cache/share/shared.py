@@ -43,6 +43,11 @@ class Shared:
         return self.segment.length
 
     @property
+    def placed(self) -> bool:
+        """Does attention depend on where the queries stand?"""
+        return isinstance(self.segment, Coded) and self.segment.value.joint
+
+    @property
     def key(self) -> tuple[int, ...]:
         """What those who hold the same entries have in common."""
         return (self.length, self.first, *(id(buffer) for buffer in self.segment.buffers()))
@@ -51,6 +56,7 @@ class Shared:
         """q [B,H,T,D], which all stand after these entries."""
         if self in step.given:
             return step.given[self]
+        q = self.segment.faced(q, step)
         batch, heads, tokens, width = q.shape
         rows = q.reshape(batch, self.kv_heads, -1, width).transpose(0, 1)
         out, lse = self.segment.attend(rows.reshape(1, self.kv_heads, -1, width), step)

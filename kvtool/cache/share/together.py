@@ -76,7 +76,7 @@ def _given(layers: Sequence[SegmentLayer], queries: Sequence[torch.Tensor], step
                 found.setdefault(shared.key, []).append((shared, mine))
     given: dict[Shared, Partial] = {}
     for members in found.values():
-        if len(members) > 1:
+        if len(members) > 1 and not members[0][0].placed:
             every = torch.cat([q for _, q in members])
             parts = zip(
                 *(x.split([len(q) for _, q in members]) for x in members[0][0].attend(every, step)), strict=True

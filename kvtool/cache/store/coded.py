@@ -45,6 +45,9 @@ class Coded(Segment):
         self.width, self.dtype, self.device = (k.shape[-1], v.shape[-1]), k.dtype, k.device
         if not self.key.rotated:
             k = self._turn(k, self.length, self.length + count, back=True)
+        if self.value.joint:
+            k = torch.cat([k, self._still(k, self.positions(self.length, self.length + count)), v], -1)
+            self.width = (k.shape[-1], v.shape[-1])
         if count and (self.key.fits or self.value.fits):
             self._fit(k, v)
         for side, encoding, x in (("key", self.key, k), ("value", self.value, v)):
@@ -113,21 +116,40 @@ class Coded(Segment):
         table = self.rotary.table(positions)
         return self.rotary.unrotate(k, table) if back else self.rotary.rotate(k, table)
 
+    def _still(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """x [B,·,S,D] of these positions, turned to position 0."""
+        assert self.rotary is not None
+        positions = positions.to(x.device)
+        table, start = self.rotary.table(positions), self.rotary.table(torch.zeros_like(positions))
+        return self.rotary.rotate(self.rotary.unrotate(x, table), start)
+
+    def faced(self, q: torch.Tensor, step: Step) -> torch.Tensor:
+        """With what stands at position 0, and nothing to ask of values, where an entry is written as a whole."""
+        if not self.value.joint:
+            return q
+        return torch.cat([q, self._still(q, step.positions(q.shape[2])), torch.zeros_like(q)], -1)
+
     def attend(self, q: torch.Tensor, step: Step) -> Partial:
         if self.length == 0:
             return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
         if latents.apply(self, q):
             return latents.attend(self, q, step)
         packed = self.packed(q, step)
-        return self.by_blocks(q, step, self.recall) if packed is None else self._direct(q, *packed, step)
+        if packed is not None:
+            return self._direct(q, *packed, step)
+        if not self.value.joint:
+            return self.by_blocks(q, step, self.recall)
+        out, lse = self.by_blocks(q, step, lambda low, high: (self.keys(low, high),) * 2)
+        return out[..., -self.width[1] :], lse
 
     def packed(self, q: torch.Tensor, step: Step) -> tuple[Any, Any] | None:
         """Keys and values as kernels read them, or None when entries must be decoded for q."""
-        alike = self.key.joined == self.value.joined
+        alike = self.value.joint or self.key.joined == self.value.joined
         near = not self.slow and q.dtype != torch.float64  # kernels read the model's memory and compute in fp32
         if not (alike and near and step.softcap is None):
             return None
-        keys, values = self.key.packed(self.parts["key"]), self.value.packed(self.parts["value"])
+        keys = self.key.packed(self.parts["key"])
+        values = keys if self.value.joint else self.value.packed(self.parts["value"])
         return None if keys is None or values is None else (keys, values)
 
     def by_blocks(self, q: torch.Tensor, step: Step, recall: Recall) -> Partial:
@@ -157,13 +179,16 @@ class Coded(Segment):
         out, lse = attend_packed(flat, keys, values, scale=step.scale)
         if offset is not None:
             lse = lse + step.scale * offset.reshape(lse.shape)
-        inner = self.value.written(self.width[1])
-        out = out.reshape(batch, turned.shape[1], turned.shape[2], -1)[..., :inner]
-        out = self.value.output(out, rows)
+        side, wide = (self.key, self.width[0]) if self.value.joint else (self.value, self.width[1])
+        out = out.reshape(batch, turned.shape[1], turned.shape[2], -1)[..., : side.written(wide)]
+        out = side.output(out, rows)[..., -self.width[1] :]
         return out.reshape(batch, heads, tokens, -1).to(q.dtype), lse.reshape(batch, heads, tokens)
 
     def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoded entries; `low` must stand at a block's border."""
+        if self.value.joint:
+            k = self.keys(low, high)
+            return k, k[..., -self.width[1] :]
         high = self.length if high is None else high
         v = self.value.decode(self.cut("value", self.value, low, high), self.width[1])
         return self.keys(low, high), v[:, :, : high - low].to(self.dtype)

@@ -12,8 +12,9 @@ from kvtool.encoding.codecs.sketched import Sketched
 from kvtool.encoding.codecs.slerp import Slerp
 from kvtool.encoding.codecs.split import Split
 from kvtool.encoding.codecs.ternary import Ternary
+from kvtool.encoding.codecs.with_keys import SIDES, WithKeys
 
 __all__ = [
-    "FLOATS", "Affine", "Codec", "Delta", "Levels", "Nested", "Parts", "Polar", "Raw", "Sketched", "Slerp", "Split",
-    "Ternary", "written",
+    "FLOATS", "SIDES", "Affine", "Codec", "Delta", "Levels", "Nested", "Parts", "Polar", "Raw", "Sketched", "Slerp",
+    "Split", "Ternary", "WithKeys", "written",
 ]  # fmt: skip

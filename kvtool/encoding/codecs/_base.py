@@ -53,6 +53,11 @@ class Codec(Record, ABC):
         """Does it write several KV heads as one?"""
         return False
 
+    @property
+    def elsewhere(self) -> bool:
+        """Are its entries written by the other side (see `with_keys.py`)?"""
+        return False
+
     @abstractmethod
     def encode(self, z: torch.Tensor) -> Parts:
         """z [B,K,S,r], S a multiple of `block`."""

@@ -25,7 +25,7 @@ from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import close, same
 
-NAMES = ("asked", "asked-each", "probe", "usual-probe", "attended")
+NAMES = ("asked", "asked-each", "probe", "usual-probe", "attended", "graph")
 IDS = random_ids(1, 34, seed=12)
 
 
@@ -231,7 +231,9 @@ def test_a_cosine_does_not_see_lengths() -> None:
 @pytest.mark.parametrize(
     ("changes", "queries"),
     [({}, 0), (dict(query="together", asked=7), 7), (dict(query="probe", asked=7), -1), (dict(summary="attended"), -1),
-     (dict(query="probe", asked=7, usual=torch.ones(1, K, G, 2, D)), 7), (dict(bare=True), 0)],
+     (dict(query="probe", asked=7, usual=torch.ones(1, K, G, 2, D)), 7), (dict(bare=True), 0),
+     (dict(unit=1, index="graph", search=readings.GRAPH), -1),
+     (dict(unit=1, index="cluster", search=dict(entries=2, scan=0.5)), 0)],
     ids=str,
 )  # fmt: skip
 def test_how_many_queries_of_a_prompt_are_needed(changes: dict[str, Any], queries: int) -> None:

@@ -11,6 +11,7 @@ from kvtool.cache.share.documents import read
 from kvtool.cache.trial import Trial
 from kvtool.errors import InputError
 from kvtool.plan import Plan
+from kvtool.serving import Attention
 from kvtool.slots import Keep, Read, Select
 from kvtool_kernels.ops import attend
 from tests import models
@@ -75,9 +76,49 @@ def test_layers_of_a_document_may_go_by_what_others_choose() -> None:
     layers = model.geometry.layers
     read_ = Read(torch.full((layers,), 0.3), unit=4, owner=torch.zeros(layers, dtype=torch.int32))
     held = document(model, None, random_ids(1, 40, seed=9)[0], Plan("owned", model.fingerprint, read=read_))
-    asked(model, together(model, [held], None), chunks=(1, 1, 4))
-    (lane,) = held.segments[0].parts[0].lanes
-    assert lane.reader.reads == 2
+    cache = together(model, [held], None)
+    asked(model, cache, chunks=(1, 1, 4))
+    (context,) = cache.segments[0].contexts.documents
+    assert context.layer.parts[0].lanes[0].reader.reads == 2
+
+
+def test_a_question_leaves_no_choice_behind_for_the_next() -> None:
+    """A choice that is kept for several steps is the asking cache's; the next cache, or branch, makes its own."""
+    model = models.double("llama")
+    prefix, ids, other = prefixed(model), random_ids(1, 40, seed=9)[0], random_ids(1, 6, seed=5)
+    spec = Read(torch.full((model.geometry.layers,), 0.2), unit=4, period=0)
+
+    def cache(held: SegmentCache) -> SegmentCache:
+        return together(model, [held], prefix)
+
+    def steps(cache: SegmentCache, question: torch.Tensor) -> torch.Tensor:
+        return asked(model, cache, question, chunks=(1,) * 6)
+
+    def held() -> SegmentCache:
+        return document(model, prefix, ids, Plan("once", model.fingerprint, read=spec))
+
+    alone = steps(cache(held()), other)
+    both = held()
+    assert error(steps(cache(both), QUESTION), alone) > 1e-3
+    same(steps(cache(both), other), alone)
+    begun = cache(held())
+    asked(model, begun, QUESTION)
+    steps(SegmentCache(model, prefix=begun), QUESTION)
+    again = cache(held())
+    asked(model, again, QUESTION)
+    same(steps(SegmentCache(model, prefix=begun), other), steps(SegmentCache(model, prefix=again), other))
+
+
+def test_what_follows_documents_stands_behind_them() -> None:
+    """Also in a model that does not tell attention its positions; and other positions are refused."""
+    model = models.shared("llama")
+    cache = together(model, [document(model, None, TEXTS[0])], None)
+    k = torch.zeros(1, model.geometry.kv_heads, 2, model.geometry.head_dim)
+    q = torch.zeros(1, model.geometry.query_heads, 2, model.geometry.head_dim)
+    cache.segments[0].attend(q, k, k, Attention(torch.nn.Identity(), 1.0, None, None, None, None))
+    assert cache.segments[0].place == len(TEXTS[0]) + 2
+    with pytest.raises(InputError, match="does not stand behind"):
+        feed(model, together(model, [document(model, None, TEXTS[0])], None), QUESTION, [6])
 
 
 def test_a_document_is_thinned_before_it_is_seen() -> None:
@@ -157,7 +198,7 @@ def test_documents_stay_as_they_are() -> None:
     same(asked(model, together(model, held, prefix)), first)
 
 
-@pytest.mark.parametrize("wrong", ["prefix", "other prefix", "plan of the prefix", "rows", "cut", "padding"])
+@pytest.mark.parametrize("wrong", ["prefix", "other prefix", "plan of the prefix", "rows", "cut", "query", "padding"])
 def test_what_cannot_be_put_together_is_refused(wrong: str) -> None:
     model = models.shared("llama")
     prefix = prefixed(model)
@@ -174,7 +215,10 @@ def test_what_cannot_be_put_together_is_refused(wrong: str) -> None:
         feed(model, held[0], random_ids(2, 5), [5], shift=len(PREFIX))
     elif wrong == "cut":
         spec = Read(torch.full((model.geometry.layers,), 0.5), cut="keys", apart=torch.zeros(model.geometry.layers))
-        held, match = [document(model, prefix, TEXTS[0], Plan("cut", model.fingerprint, read=spec))], "looks for runs"
+        held, match = [document(model, prefix, TEXTS[0], Plan("cut", model.fingerprint, read=spec))], "goes by what is"
+    elif wrong == "query":
+        spec = Read(torch.full((model.geometry.layers,), 0.5), query="together")
+        held, match = [document(model, prefix, TEXTS[0], Plan("asks", model.fingerprint, read=spec))], "goes by what is"
     elif wrong == "padding":
         mask, match = torch.tensor([[0, 1, 1]]), "cannot be padded"
     with pytest.raises(InputError, match=match):

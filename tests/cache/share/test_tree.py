@@ -108,7 +108,7 @@ def test_a_tree_holds_every_prompt() -> None:
         same(torch.cat(parts[::-1]), prompt)
 
 
-@pytest.mark.parametrize("name", ["full", "ragged", "four-bits"])
+@pytest.mark.parametrize("name", ["full", "ragged", "four-bits", "joined-with-keys"])
 def test_packed_is_separate(name: str) -> None:
     """The known answer of prepacking: the same outputs, and the same keys in every cache, so that positions restart."""
     model = models.double("llama")
@@ -137,7 +137,7 @@ def test_packed_in_every_architecture(name: str, any_model: Model) -> None:
 
 
 @pytest.mark.parametrize("least", [1, 8])
-@pytest.mark.parametrize("name", ["full", "four-bits", "before-rope"])
+@pytest.mark.parametrize("name", ["full", "four-bits", "before-rope", "joined-with-keys"])
 def test_a_tree_is_each_prompt_alone(name: str, least: int) -> None:
     model, prompts = models.double("llama"), family()
     plan, steps = plan_of(name, model), random_ids(len(prompts), STEPS, seed=40)

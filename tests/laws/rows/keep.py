@@ -151,7 +151,11 @@ ROWS = {
         ladder=tuple(dict(budget=share, sink=1, mode="prompt") for share in (0.05, 0.2, 0.5, 1.0)),
     ),
     "uncomp": Row(
-        tiny=(dict(budget=0.4, window=3, kernel=3), dict(budget=9, low=0.6, groups=3, window=2, decode="append")),
+        tiny=(
+            dict(budget=0.4, window=3, kernel=3),
+            dict(budget=9, low=0.6, groups=3, window=2, decode="append"),
+            dict(budget=0.3, stages=True, fall=0.01, window=2, kernel=1),
+        ),
         lossless=(dict(budget=1.0, decode="append"), dict(budget=900)),
         ladder=(*(dict(budget=share, window=2, kernel=3) for share in (0.05, 0.2, 0.5)), dict(budget=900)),
     ),

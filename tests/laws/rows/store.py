@@ -104,11 +104,13 @@ ROWS = {
     ),
     "transmla": Row(
         tiny=(
-            dict(budget=0.5, recent=3, block=8, samples=0),
-            dict(budget=0.6, phase=True, sink=2, block=4, samples=0),
+            dict(budget=0.5, recent=3, block=8, checked=0, **BRIEF),
+            dict(budget=0.6, form="roped", phase=True, sink=2, block=4, checked=0, **BRIEF),
         ),
-        lossless=(dict(budget=1.0, recent=1, block=8, tokens=40), dict(recent=900, samples=0)),
-        ladder=tuple(dict(budget=budget, block=8, samples=0) for budget in (0.01, 0.1, 0.5, 1.0)),
+        lossless=(dict(budget=1.0, rope=8, recent=1, block=8, **BRIEF), dict(recent=900, checked=0, **BRIEF)),
+        ladder=tuple(
+            dict(budget=budget, form="roped", block=8, checked=0, **BRIEF) for budget in (0.01, 0.1, 0.5, 1.0)
+        ),
     ),
     "palu": Row(
         tiny=(

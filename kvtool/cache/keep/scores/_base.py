@@ -99,19 +99,20 @@ def visible(view: View, noise: Noise | None = None) -> Iterator[tuple[torch.Tens
     """As `probabilities`, but p ends with the last entry that a query of the block sees.
 
     noise: what is added to a block's logits, given their shape."""
-    keys, kv_heads = wide(view.k).mT, view.k.shape[1]
     heat = view.spec.temperature + view.spec.warming * view.turn
+    if view.logits is not None:  # of the newest query, which sees all
+        logits = view.logits if noise is None else view.logits + noise(view.logits.shape).to(view.logits)
+        yield view.rows, torch.softmax(logits if heat == 1 else logits / heat, -1)
+        return
+    keys, kv_heads = wide(view.k).mT, view.k.shape[1]
     for low in range(0, view.q.shape[2], BLOCK):
         rows = view.rows[low : low + BLOCK]
         first, end = int(rows[0]) + 1, min(int(rows[-1]) + 1, view.k.shape[2])
-        if view.logits is not None:
-            logits = view.logits.clone()  # it is written over below
-        else:
-            q = view.scale * wide(view.q[:, :, low : low + BLOCK])
-            logits = q.reshape(len(q), kv_heads, -1, q.shape[-1]) @ keys[..., :end]
-            logits = logits.reshape(*q.shape[:3], end)
-            if view.softcap is not None:
-                logits = view.softcap * torch.tanh(logits / view.softcap)
+        q = view.scale * wide(view.q[:, :, low : low + BLOCK])
+        logits = q.reshape(len(q), kv_heads, -1, q.shape[-1]) @ keys[..., :end]
+        logits = logits.reshape(*q.shape[:3], end)
+        if view.softcap is not None:
+            logits = view.softcap * torch.tanh(logits / view.softcap)
         if noise is not None:
             logits += noise(logits.shape).to(logits)
         if heat != 1:
@@ -127,7 +128,8 @@ def reduced(view: View, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
     spec, entries = view.spec, view.k.shape[2]
     if len(view.rows) == 1:  # its sum, mean and maximum are itself, and nothing varies
         (only,) = blocks
-        return torch.nn.functional.pad(only[:, :, 0], (0, entries - only.shape[-1]))
+        unseen = entries - only.shape[-1]
+        return torch.nn.functional.pad(only[:, :, 0], (0, unseen)) if unseen else only[:, :, 0]
     total, squares, best = torch.zeros(3, 1, 1, 1, dtype=wide(view.k).dtype, device=view.k.device).unbind(0)
     for p in blocks:
         lacking = (0, entries - p.shape[-1])

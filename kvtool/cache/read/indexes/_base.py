@@ -1,8 +1,9 @@
 """What an index is: scores of the units that a query looks at, −inf for those that it passes by.
 
-A file of this folder has a class `Found`, an `Index`; `SETTINGS`, what `Read.search` must say; and PAGES: may units be
-of several entries? An index looks at `count` units at least, those that are read. It knows nothing of what becomes of
-the scores, except how the query heads of a KV head agree on one, `reduced`.
+A file of this folder has a class `Found`, an `Index`; `SETTINGS`, what `Read.search` must say; PAGES: may units be of
+several entries? and QUERIES: is it made from all of a prompt's queries? An index looks at `count` units at least, those
+that are read. It knows nothing of what becomes of the scores, except how the query heads of a KV head agree on one,
+`reduced`.
 
 `Scan` is an index that looks at keys themselves. It is made when the first decode step reads, of what the bulk holds by
 then; of what joins the bulk later every entry is looked at, until there are as many, and the index is made again. Where

@@ -17,6 +17,7 @@ from kvtool_kernels.precision import wide
 
 SETTINGS = ("entries", "scan")
 PAGES = False
+QUERIES = False
 
 
 class Found(Scan):

@@ -27,6 +27,7 @@ from kvtool_kernels.precision import wide
 
 SETTINGS = ("queries", "nearest", "degree", "ef", "wide")
 PAGES = False
+QUERIES = True
 
 
 class Found(Scan):
@@ -53,13 +54,13 @@ class Found(Scan):
     def make(self, k: torch.Tensor) -> bool:
         if self.sample is None or not self.sample.shape[3]:  # a cache that was told no queries
             return False
-        mean = wide(self.sample).mean(3)
-        self.entry = (mean @ wide(k).mT).argmax(-1)
+        sample = self.sample.to(k.device)  # which is not where queries come if the bulk is in slow memory
+        self.entry = (wide(sample).mean(3) @ wide(k).mT).argmax(-1)
         heads = [
             graph(wide(q), wide(k[row, head]), self.search["nearest"], self.search["degree"])
-            for row, each in enumerate(self.sample) for head, group in enumerate(each) for q in group
+            for row, each in enumerate(sample) for head, group in enumerate(each) for q in group
         ]  # fmt: skip
-        self.neighbours = torch.stack(heads).unflatten(0, self.sample.shape[:3])
+        self.neighbours = torch.stack(heads).unflatten(0, sample.shape[:3])
         return True
 
     def walk(self, q: torch.Tensor, k: torch.Tensor, count: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from kvtool.slots import Read
 
 SETTINGS = ("coarse", "share")
 PAGES = True
+QUERIES = False
 
 
 class Found(Index):
