@@ -76,16 +76,19 @@ def pages() -> dict[Path, str]:
 
 def systems() -> str:
     """The page of the systems, with the scoreboard's numbers in its last column."""
-    board, encodings = scoreboard((DOCS / "scoreboard.md").read_text())
+    board, elsewhere = scoreboard((DOCS / "scoreboard.md").read_text())
     lines = (DOCS / "systems.md").read_text().splitlines()
-    return "\n".join(_scored(line, board, encodings) for line in lines) + "\n"
+    return "\n".join(_scored(line, board, elsewhere) for line in lines) + "\n"
 
 
-def scoreboard(text: str) -> tuple[dict[str, dict[str, str]], set[str]]:
-    """Rows of the board by name, as column → cell, and the methods that its tables of encodings have."""
-    board, encodings, columns = {}, set(), None
+def scoreboard(text: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Rows of the board by name, as column → cell; and for methods in tables of other sections the first one's title."""
+    board: dict[str, dict[str, str]] = {}
+    elsewhere: dict[str, str] = {}
+    title, columns = "", None
     for line in text.splitlines():
         if not line.startswith("|"):
+            title = line.removeprefix("## ") if line.startswith("## ") else title
             columns = None
         elif columns is None:
             columns = _cells(line)
@@ -95,17 +98,18 @@ def scoreboard(text: str) -> tuple[dict[str, dict[str, str]], set[str]]:
             if "bytes" in row:
                 board[name] = row
             elif columns[0] == "method":
-                encodings.add(name)
-    return board, encodings
+                elsewhere.setdefault(name, title)
+    return board, elsewhere
 
 
-def _scored(line: str, board: dict[str, dict[str, str]], encodings: set[str]) -> str:
+def _scored(line: str, board: dict[str, dict[str, str]], elsewhere: dict[str, str]) -> str:
     """A row of a system whose command names a method gets that method's line, if there is one."""
     named, cells = re.search(r"`--method ([\w-]+)", line), _cells(line)
     if len(cells) != SYSTEM or not named:
         return line
     row = board.get(f"{named[1]}@{BUDGET}", board.get(named[1]))
-    said = "[encodings](scoreboard.md#encodings)" if named[1] in encodings else "not measured yet"
+    title = elsewhere.get(named[1], "")
+    said = f"[{title.lower()}](scoreboard.md#{title.lower().replace(' ', '-')})" if title else "not measured yet"
     if row is not None:
         parts = [f"{task} {row[task]}" for task in RECALLED if row.get(task)]
         parts += [f"perplexity × {row['perplexity ×']}"] if row["perplexity ×"] else []
