@@ -94,6 +94,8 @@ BOARD = """
 | `span-rule` | 1.0 | 1.00/1.00 | 0.40/– |  |  |
 | `duo@0.25` | no gates |  |  |  |  |
 
+## What it takes
+
 | method | options | bits held |
 | --- | --- | --- |
 | `kivi` | bits=2 | 3.00 |
@@ -111,7 +113,7 @@ BOARD = """
         ("quest", "1.2: passkey 0.80/0.60, two-hop 0.00/–, perplexity × 1.07"),
         ("span-rule", "1.0: passkey 1.00/1.00, two-hop 0.40/–"),
         ("duo", "no gates"),
-        ("kivi", "[encodings](scoreboard.md#encodings)"),
+        ("kivi", "[what it takes](scoreboard.md#what-it-takes)"),
         ("razor", "not measured yet"),
     ],
 )
