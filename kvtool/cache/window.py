@@ -16,7 +16,7 @@ from kvtool.cache.keep.mean import Mean
 from kvtool.cache.lane import Lane, Partial, Step, blank
 from kvtool.cache.segments import GROWTH, grown
 from kvtool.rotary import Rotary
-from kvtool_kernels.ops import attend, merge
+from kvtool_kernels.ops import attend, merge, streaming_prefill
 
 BLOCK = 256  # query rows per block in windowed prefill
 
@@ -117,12 +117,20 @@ class Window(Lane):
         reach = self.recent if step.strict else self.model_window or end
         if reach >= end and first == 0:  # everything is at hand, and nothing is out of reach
             out = attend(q, near_k, near_v, causal=True, **step.options)
+        elif first == 0 and self._in_one(q):
+            out = streaming_prefill(
+                q, near_k, near_v, sink=self.sink, recent=reach, start=step.start, **step.options,
+            )  # fmt: skip
         else:
             keys, values = self._held()
             sinks = min(self.sink, end)
             out = self._windowed(q, near_k, near_v, first, reach, (keys[:, :, :sinks], values[:, :, :sinks]), step)
         self._absorb_recent(near_k, near_v, first)
         return out
+
+    def _in_one(self, q: torch.Tensor) -> bool:
+        """Does one kernel attend over sinks and window? On a CPU blocks of rows are the quicker way."""
+        return q.is_cuda and self.mean is None and self.reindex is None
 
     def absorb(self, k: torch.Tensor, v: torch.Tensor, step: Step, q: torch.Tensor | None = None) -> None:
         near_k, near_v, first = self._near(k, v, step.start)
