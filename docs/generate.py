@@ -82,7 +82,7 @@ def systems() -> str:
 
 
 def scoreboard(text: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Rows of the board by name, as column → cell; and for methods in tables of other sections the first one's title."""
+    """Rows of the board by name, as column → cell; and of methods in other tables the title above the first."""
     board: dict[str, dict[str, str]] = {}
     elsewhere: dict[str, str] = {}
     title, columns = "", None

@@ -25,9 +25,7 @@ def fed(pieces: list[int], sink: int, recent: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("pieces", [[40], [5, 35], [9, 9, 22], [40, 1]])
-@pytest.mark.parametrize(
-    "options", [{"sink": 4, "recent": 8}, {"sink": 0, "recent": 1}, {"sink": 30, "recent": 6}], ids=str
-)
+@pytest.mark.parametrize(("sink", "recent"), [(4, 8), (0, 1), (30, 6)])
 def test_one_kernel_is_blocks_of_rows(
     pieces: list[int], sink: int, recent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
