@@ -57,6 +57,7 @@ case(
     ("qjl", {"recent": 32, "block": 32}),
     ("polarquant", {"values": 16, "recent": 32}),
     ("polarquant", {"values": 4, "recent": 32}),
+    ("polarquant", {"form": "nested", **WINDOW}),
 )
 case(
     "Precision by the kind or age of a token (zipcache, mikv, saq, vidkv)",
@@ -88,6 +89,9 @@ case(
     ("kv-heads", {"heads": 3, "sink": 4, **WINDOW}),
     ("cskv", {"budget": 0.5, **WINDOW}),
     ("cskv", {"budget": 0.5, "start": "pca", **WINDOW}),
+    ("transmla", {"budget": 0.5, **WINDOW}),
+    ("transmla", {"budget": 0.5, "sink": 4, **WINDOW}),
+    ("transmla", {"budget": 0.5, "form": "roped", **WINDOW}),
 )
 case(
     "Rank across layers (xkv), at equal numbers stored",
