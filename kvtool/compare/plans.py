@@ -61,14 +61,22 @@ class Shelf:
             found.check(self.model.fingerprint)
         except Exception as error:
             return Entrant(cell, trouble=told(error))
-        if found.draft is not None and not self.drafts:
-            text = "it only drafts: what it writes is the full cache's own"
-            return Entrant(cell, found, path=path, trouble=text, skipped=True)
-        if found.draft is not None and found.draft.excerpt is not None:
-            text = "its draft has a prompt of its own, which no others share"
+        if text := self._idle(found):
             return Entrant(cell, found, path=path, trouble=text, skipped=True)
         identity = digest(Path(path).read_bytes()) if path else digest(repr(sorted(found.options.items())))
         return Entrant(cell, found, identity, path, found.provenance.get("seconds"))
+
+    def _idle(self, found: Plan) -> str:
+        """Why there is nothing to compare; empty if there is."""
+        if found.draft is not None and not self.drafts:
+            return "it only drafts: what it writes is the full cache's own"
+        if found.draft is not None and found.draft.excerpt is not None:
+            return "its draft has a prompt of its own, which no others share"
+        read = found.read
+        alone = read is not None and not (read.chooses or read.sparse or found.keep or found.store or found.draft)
+        if alone and read is not None and read.documents is not None:
+            return "it acts on documents that were read apart, and no task has any"
+        return ""
 
     def missing(self, cells: list[Cell]) -> list[Cell]:
         """Those that are still to be calibrated."""

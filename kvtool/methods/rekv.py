@@ -30,7 +30,7 @@ import torch
 
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision
-from kvtool.model import Model
+from kvtool.methods._marks import ending
 from kvtool.options import at_least
 from kvtool.slots import Read
 
@@ -77,7 +77,7 @@ def calibrate(context: Context, options: Options) -> Decision:
     budget[: options.dense] = 1.0
     units: dict[str, Any] = dict(unit=options.unit)
     if options.blocks == "documents":
-        units = dict(unit=1, form="run", cut="tokens", ends=_ends(context.running, options.marks))
+        units = dict(unit=1, form="run", cut="tokens", ends=_ends(context, options.marks))
     read = Read(
         budget, **units, summary="mean", query="together", asked=options.asked, period=options.period, bare=True,
         heads=options.heads, positions=options.positions, sink=options.sink, recent=options.recent, slow=options.slow,
@@ -85,12 +85,6 @@ def calibrate(context: Context, options: Options) -> Decision:
     return Decision(read=read)
 
 
-def _ends(model: Model, marks: tuple[str, ...]) -> torch.Tensor:
+def _ends(context: Context, marks: tuple[str, ...]) -> torch.Tensor:
     """The tokens that end a document, int32 [n]."""
-    if model.tokenizer is None:
-        raise InputError("documents are told apart by their tokens", remedy="pass a model with its tokenizer")
-    texts = [model.tokenizer.decode([token]) for token in range(len(model.tokenizer))]
-    found = [token for token, text in enumerate(texts) if any(mark in text for mark in ("\n\n", *marks))]
-    if not found:
-        raise InputError("no token ends a document", got=f"marks {marks}", remedy="blocks=tokens, or other marks")
-    return torch.tensor(found, dtype=torch.int32)
+    return ending(context.running, "document", lambda text: any(mark in text for mark in ("\n\n", *marks)), marks)

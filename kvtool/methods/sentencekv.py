@@ -26,7 +26,7 @@ import torch
 
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, odd, thinned
-from kvtool.model import Model
+from kvtool.methods._marks import ending
 from kvtool.options import at_least
 from kvtool.slots import Read
 
@@ -86,7 +86,7 @@ def calibrate(context: Context, options: Options) -> Decision:
     share = min(1.0, options.budget / kept) if options.budget <= 1 else max(1.0, options.budget - _always(options))
     read = Read(
         torch.full((layers,), share), unit=1, form="run", summary="mean", cut=options.cut,
-        ends=_ends(context.running, options.marks) if options.cut == "tokens" else None,
+        ends=_ends(context, options.marks) if options.cut == "tokens" else None,
         apart=torch.full((layers,), options.apart) if options.cut == "keys" else None, query="run", heads=options.heads,
         whole=options.whole, sink=options.sink, recent=options.recent, slow=options.slow,
     )  # fmt: skip
@@ -97,15 +97,9 @@ def _always(options: Options) -> int:
     return options.sink + options.recent
 
 
-def _ends(model: Model | None, marks: tuple[str, ...]) -> torch.Tensor:
+def _ends(context: Context, marks: tuple[str, ...]) -> torch.Tensor:
     """The tokens that end a sentence, int32 [n]."""
-    if model is None or model.tokenizer is None:
-        raise InputError("sentencekv tells sentences by their tokens", remedy="pass a model with its tokenizer")
-    texts = [model.tokenizer.decode([token]) for token in range(len(model.tokenizer))]
-    found = [token for token, text in enumerate(texts) if ends(text, marks)]
-    if not found:
-        raise InputError("no token ends a sentence", got=f"marks {marks}")
-    return torch.tensor(found, dtype=torch.int32)
+    return ending(context.running, "sentence", lambda text: ends(text, marks), marks)
 
 
 def ends(text: str, marks: tuple[str, ...]) -> bool:

@@ -189,8 +189,12 @@ class Read(Record):
             )  # fmt: skip
         if self.heads == "layer" and not (self.form == "page" or (self.form == "run" and self.cut == "tokens")):
             raise InputError("heads that choose together need the same units", expected="pages, or runs cut by tokens")
-        if self.index is not None and (self.cosine or self.bare or self.query != "own"):
-            raise InputError("an index goes by products with the step's own query", remedy="choose without one")
+        if self.positions != "original" and self.tail != "drop":
+            raise InputError(
+                "what is not read has logits at its own distance only",
+                got=f"positions {self.positions!r}, tail {self.tail!r}",
+                expected="positions original, or tail drop",
+            )  # fmt: skip
 
     @property
     def block(self) -> int:

@@ -48,3 +48,11 @@ def test_who_is_compared(model: Model, tmp_path: Path) -> None:
         found = {name: shelf.entrant(Cell(name, "method")) for name in ("draft", "rapid", "triforce", "streaming")}
         assert {name for name, entrant in found.items() if entrant.skipped} == skipped
         assert {name for name, entrant in found.items() if entrant.trouble} == skipped
+
+
+def test_documents_alone_are_not_compared(model: Model, tmp_path: Path) -> None:
+    path = str(tmp_path / "ape.plan")
+    calibrate("ape", {"mode": "given"}, model=model).write(path)
+    entrant = Shelf(tmp_path / "plans", model, 0, nothing).entrant(Cell("ape", "plan", path=path))
+    assert entrant.skipped
+    assert "no task has any" in entrant.trouble

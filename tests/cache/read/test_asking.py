@@ -188,6 +188,7 @@ def test_refused() -> None:
         (dict(asked=0), "bad reading"),
         (dict(bare=True, form="cluster", summary="mean"), "no logits"),
         (dict(heads="layer", form="cluster", summary="mean"), "the same units"),
+        (dict(positions="far", tail="mean"), "its own distance"),
     ):
         with pytest.raises(InputError, match=match):
             spec(**changes)
