@@ -34,7 +34,7 @@ def _record(name: str, document: dict[str, Any], shapes: dict[str, list[int]]) -
     usual = {field.name: _usual(field) for field in dataclasses.fields(Record.kinds[kind])}  # type: ignore[arg-type]
     said, inner = [], []
     for field, default in usual.items():
-        value = document[field]
+        value = document.get(field, default)  # written before there was such a field
         if value == default:
             continue
         if _is_record(value):

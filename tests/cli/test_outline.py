@@ -36,3 +36,8 @@ def test_alike_entries_share_a_line() -> None:
     assert lines["store.keys.0 … 1"] == "Encoding()"
     assert "store.keys.1" not in lines
     assert lines["store.values.1 … 2"] == "Encoding()"
+
+
+def test_a_file_from_before_a_field_was_there_has_its_default() -> None:
+    document = {"kind": "Affine", "bits": 4, "group": 32, "axis": "token"}  # no clip
+    assert dict(outline("keys", document, {})) == {"keys": "Affine(bits=4, group=32, axis=token)"}
