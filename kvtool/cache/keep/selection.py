@@ -54,9 +54,9 @@ def _ballots(spec: Select, pairs: Pairs) -> list[Ballot]:
     for lane, step in pairs:
         assert lane.selector is not None
         view = lane.view(step)
-        entries = lane.selector.prompt_length = view.k.shape[2]
+        entries, lane.selector.prompt_length = view.k.shape[2], lane.fed  # not all of which may have come here
         found.append(
-            Ballot(view, lane.selector.scores(view), lane.selector.limits(entries), lane.selector.free(entries))
+            Ballot(view, lane.selector.scores(view), lane.selector.limits(lane.fed), lane.selector.free(entries))
         )
     if not spec.alike:
         return found

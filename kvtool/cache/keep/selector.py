@@ -97,7 +97,7 @@ class Selector:
     def _score_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags) -> None:
         count = q.shape[2]
         tags = {name: tag[:, :, -count:] for name, tag in tags.items()}
-        view = self._view(q, torch.arange(count, device=q.device), k[:, :, -count:], v[:, :, -count:], step, tags)
+        view = self.seen(q, torch.arange(count, device=q.device), k[:, :, -count:], v[:, :, -count:], step, tags)
         new = self.rule.score(view)
         self.running = new if self.running is None else torch.cat([self.running, new], dim=2)
 
@@ -126,11 +126,12 @@ class Selector:
 
     def view(self, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags) -> View:
         """The entries k, v [B,K,S,D] and the observed queries."""
-        return self._view(*self._observed(k.shape[2]), k, v, step, tags)
+        return self.seen(*self._observed(k.shape[2]), k, v, step, tags)
 
-    def _view(
+    def seen(
         self, q: torch.Tensor, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags
     ) -> View:
+        """What a rule is given of these queries and entries, as in `View`."""
         return View(
             q, rows, k, v, step.scale, step.softcap, self.spec, self.layer, self.heads, self.turn, tags, self.rotary,
             self.logits,
@@ -223,6 +224,11 @@ class Selector:
             self.running = scores
             if scores is not None:
                 self.running = scores.contiguous() if self.remembers and not self._idle else None
+
+    def passed(self, scores: torch.Tensor | None) -> None:
+        """A decode step is over that remembered no query; the next one needs these scores [B,K,N] of the kept."""
+        self.turn += 1
+        self.running = scores
 
     def finish(self) -> None:
         """The prompt is in."""

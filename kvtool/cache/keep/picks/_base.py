@@ -3,7 +3,8 @@
 A rule is a file with `RAGGED`, which says whether it may choose another number of entries than it is asked for, and
 `pick(choice) -> int64 [B,K,N]`: the entries that stay, in order. What always stays is among them. A ragged rule is
 asked for one row at a time, and for one head, or for heads whose scores are the same (`Select.alike`). `BLIND = True`:
-at decode steps it does not look at scores, which are then all 0.
+at decode steps it does not look at scores, which are then all 0. What makes decode steps quick, `among` or `gap`, is
+told in `fused.py`.
 """
 
 from __future__ import annotations

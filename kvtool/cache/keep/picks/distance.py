@@ -11,6 +11,7 @@ import torch
 
 from kvtool.cache.keep.picks import _base
 from kvtool.cache.keep.picks._base import Choice
+from kvtool.slots import Select
 
 RAGGED = False
 BLIND = True
@@ -20,8 +21,13 @@ def pick(choice: Choice) -> torch.Tensor:
     if not choice.view.turn:
         return _base.best(choice.scores, choice.count, choice.free)
     held = choice.scores.shape[2]
-    last = max(choice.free.start, min(held - choice.view.spec.settings["distance"], choice.free.stop))
-    first = max(choice.free.start, last - (held - choice.count))
+    first = gap(choice.view.spec, held, choice.count, choice.free)
     stays = torch.ones(held, dtype=torch.bool, device=choice.scores.device)
     stays[first : first + held - choice.count] = False
     return stays.nonzero().flatten().expand(*choice.scores.shape[:2], -1)
+
+
+def gap(spec: Select, held: int, count: int, free: slice) -> int:
+    """The first of the entries, of so many held, that leave at a decode step."""
+    last = max(free.start, min(held - spec.settings["distance"], free.stop))
+    return max(free.start, last - (held - count))

@@ -13,6 +13,7 @@ import torch
 
 from kvtool.cache.keep.picks import distance
 from kvtool.cache.keep.picks._base import Choice
+from kvtool.cache.keep.picks.distance import gap as gap
 
 RAGGED = False
 BLIND = True

@@ -11,11 +11,17 @@ import torch
 
 from kvtool.cache.keep.picks import _base
 from kvtool.cache.keep.picks._base import Choice
+from kvtool.slots import Select
 
 RAGGED = False
 
 
 def pick(choice: Choice) -> torch.Tensor:
-    newest = round(float(choice.view.spec.settings["newest"]) * choice.count)
-    stop = min(choice.free.stop, choice.scores.shape[2] - newest)
-    return _base.best(choice.scores, choice.count, slice(choice.free.start, max(choice.free.start, stop)))
+    where = among(choice.view.spec, choice.scores.shape[2], choice.count, choice.free)
+    return _base.best(choice.scores, choice.count, where)
+
+
+def among(spec: Select, held: int, count: int, free: slice) -> slice:
+    """The free entries, of so many held, that are not the latest."""
+    stop = min(free.stop, held - round(float(spec.settings["newest"]) * count))
+    return slice(free.start, max(free.start, stop))

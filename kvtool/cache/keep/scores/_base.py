@@ -6,7 +6,8 @@ A rule is a file with `SEES` and `score(view) -> Tensor`, higher for entries wor
     "entries"   keys and values alone: [B,K,S]
     "own"       each entry once, as it comes, with its own token's query: [B,K,S]; its score stays what it was then
 
-and `NEEDS`, if it looks at the entries' "positions" or "tokens", which are remembered only then.
+and `NEEDS`, if it looks at the entries' "positions" or "tokens", which are remembered only then; and `shift`, where a
+decode step can be one operation (see `fused.py`).
 
     p_ij = softmax_j(scale · q_i · k_j / τ) over the entries that query i sees;   s_j = reduce_i f(p_ij)
 

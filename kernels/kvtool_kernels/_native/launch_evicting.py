@@ -1,0 +1,78 @@
+"""From tensors to a job of `evicting.py`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvtool_kernels._native import evicting, team
+from kvtool_kernels._native.record import AT_ONCE, LANES, padded
+
+CHUNK = 128  # entries of a chunk at least, where a head is divided among threads
+SHARES = 2  # chunks per thread, so that none waits long for the last
+HOW = {"sum": evicting.SUM, "mean": evicting.MEAN, "max": evicting.MAX}
+
+
+def attend_evict(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: torch.Tensor | None,
+    *,
+    scale: float,
+    free: tuple[int, int],
+    heat: float,
+    noise: Sequence[torch.Tensor],
+    group: str,
+    kernel: int,
+    decay: float,
+    largest: bool,
+    alike: bool,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """As `attend_evict/reference.py`, for fp32 whose channels are whole vectors and neighbours in memory; up to LANES
+    heads a group, and no maximum that is pooled."""
+    batch, heads, _, width = q.shape
+    kv_heads, entries = k.shape[1], k.shape[2]
+    own, rows = heads // kv_heads, batch * kv_heads
+    chunks, threads = _chunks(rows, entries)
+    pitch, pad = padded(entries), padded(kernel // 2)
+    stay = entries - (free[0] < free[1])
+    scratch = max(AT_ONCE * evicting.TILE, pitch + 2 * pad)
+    sizes = [
+        rows * own * width, rows * own, rows * chunks * (LANES + own * (LANES + width)), threads * scratch,
+        rows * own * pitch, rows * pitch, rows,
+    ]  # fmt: skip
+    out, lse, parts, room, logits, scores, gone = torch.empty(sum(sizes)).split(sizes)
+    after, query = torch.empty(batch, kv_heads, stay), (q * scale).contiguous()
+    job = np.zeros(evicting.FIELDS + kv_heads + rows + batch, dtype=np.int64)  # behind it: noise, then what is done
+    noises, done = (job.ctypes.data + 8 * at for at in (evicting.FIELDS, evicting.FIELDS + kv_heads))
+    known = (0, 0, 0, 0) if before is None else (before.data_ptr(), before.shape[2], before.stride(0), before.stride(1))
+    job[: evicting.FIELDS] = [
+        0, 0, rows * chunks, room.data_ptr(), 4 * scratch, kv_heads, own, chunks, entries, width, pitch, pad,
+        query.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3],
+        out.data_ptr(), lse.data_ptr(), parts.data_ptr(), logits.data_ptr(), scores.data_ptr(),
+        *known, after.data_ptr(), gone.data_ptr(), *free, noises if noise else 0,
+        noise[0].stride(0) if noise else 0, _bits(1 / heat), bool(noise) or heat != 1, HOW[group], kernel,
+        _bits(decay), largest, alike, done, done + 8 * rows,
+    ]  # fmt: skip
+    if noise:
+        job[evicting.FIELDS : evicting.FIELDS + kv_heads] = [x.data_ptr() for x in noise]
+    team.run(evicting.function(), job, threads)
+    made = out.view(batch, heads, 1, width), lse.view(batch, heads, 1)
+    return made, after, gone.long().view(batch, kv_heads, 1) if stay < entries else None
+
+
+def _chunks(rows: int, entries: int) -> tuple[int, int]:
+    """Into how many chunks each of so many heads is cut, and how many threads take them."""
+    threads = torch.get_num_threads()
+    if threads == 1 or rows % threads == 0:
+        return 1, min(threads, rows)
+    chunks = max(1, min(-(-SHARES * threads // rows), entries // CHUNK))
+    return chunks, min(threads, rows * chunks)
+
+
+def _bits(number: float) -> int:
+    """fp32 as the int64 field that holds it."""
+    return int(np.float32(number).view(np.int32))

@@ -1,0 +1,52 @@
+"""`attend_evict` on the CPU: one call of compiled loops, in which a thread that is done with a head's attention scores
+its entries and closes them up while they are still near."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvtool_kernels._native.record import FEW, LANES, served
+from kvtool_kernels.attend.cpu import scored
+from kvtool_kernels.attend_evict import reference
+from kvtool_kernels.attend_evict.reference import Evicted
+
+LEAST = 256  # entries from which on it is worth the import
+
+
+def attend_evict(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: torch.Tensor | None,
+    *,
+    scale: float,
+    free: tuple[int, int],
+    softcap: float | None = None,
+    heat: float = 1.0,
+    noise: Sequence[torch.Tensor] = (),
+    group: str = "mean",
+    kernel: int = 1,
+    decay: float = 1.0,
+    largest: bool = False,
+    alike: bool = False,
+) -> Evicted:
+    """As `reference.attend_evict`; what comes after attention is done as there for few entries, soft caps, other dtypes
+    and narrow heads."""
+    tensors = (q, k, v, *(() if before is None else (before,)), *noise)
+    dense = all(x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors)
+    whole = k.shape[3] == v.shape[3] and k.shape[3] % LANES == 0 and q.shape[1] // k.shape[1] <= FEW
+    smooth = (kernel == 1 or group != "max") and len({x.stride(0) for x in noise}) <= 1
+    if not (dense and whole and smooth and softcap is None and k.shape[2] >= LEAST and served(q, k, v)):
+        out, lse, seen = scored(q, k, v, scale=scale, softcap=softcap)
+        return reference.evicted(
+            (out, lse), seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
+            largest=largest, alike=alike,
+        )  # fmt: skip
+    from kvtool_kernels._native import launch_evicting  # only where it pays: Numba is slow to import
+
+    return launch_evicting.attend_evict(
+        q, k, v, before, scale=scale, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
+        largest=largest, alike=alike,
+    )  # fmt: skip

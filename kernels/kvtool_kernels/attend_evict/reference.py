@@ -1,0 +1,94 @@
+"""The definition of `attend_evict`: one token attends, its softmax scores the entries, and the worst of them leaves.
+
+    out, lse   as `attend`
+    p_hj = softmax_j((logits_hj + ζ_hj) / τ)                    logits as in `attend`, soft-capped; ζ = 0 without noise
+    s_kj = pool_j(reduce_{h of k} p_hj)                         sum, mean or max; the mean of `kernel` places, 0 outside
+    s_kj ← s_kj + decay · before_kj, or max(s_kj, decay · before_kj), for the entries that `before` knows
+    s_kj ← mean_k s_kj                                          if heads go `alike`
+    g_k  = argmin_{low ≤ j < high} s_kj                         of equal ones the first
+
+Entry g_k leaves: in k and v those behind it move up by one, in place, and the last place is free afterwards. With
+low = high nothing leaves. Scores are fp32 at least; a pooled maximum is that of the pooled heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvtool_kernels.attend.reference import attend, logits
+from kvtool_kernels.merge.reference import Partial
+
+Evicted = tuple[Partial, torch.Tensor, torch.Tensor | None]
+
+
+def attend_evict(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: torch.Tensor | None,
+    *,
+    scale: float,
+    free: tuple[int, int],
+    softcap: float | None = None,
+    heat: float = 1.0,
+    noise: Sequence[torch.Tensor] = (),
+    group: str = "mean",
+    kernel: int = 1,
+    decay: float = 1.0,
+    largest: bool = False,
+    alike: bool = False,
+) -> Evicted:
+    """q [B,H,1,D], k and v [B,K,S,D], the newest entry last; before [B,K,N], N ≤ S; free (low, high) as above; noise
+    [G,S] of each KV head, the same for all rows → (out [B,H,1,D], lse [B,H,1]), the scores [B,K,S−1] of those that stay
+    (all S, if none leaves), and g int64 [B,K,1] (or None)."""
+    made = attend(q, k, v, scale=scale, softcap=softcap)
+    seen = logits(q, k, scale=scale, softcap=softcap)
+    return evicted(
+        made, seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
+        largest=largest, alike=alike,
+    )  # fmt: skip
+
+
+def evicted(
+    made: Partial, seen: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor | None, *,
+    free: tuple[int, int], **scoring: Any,
+) -> Evicted:  # fmt: skip
+    """What comes after attention, which has given `made` and the logits `seen` [B,H,1,S]."""
+    scores = scored(seen, before, k.shape[1], **scoring)
+    if free[0] == free[1]:
+        return made, scores, None
+    gone = free[0] + scores[:, :, free[0] : free[1]].argmin(-1, keepdim=True)
+    places = torch.arange(k.shape[2] - 1, device=gone.device)
+    index = places + (places >= gone)
+    for x in (k, v):
+        x[:, :, :-1] = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+    return made, scores.gather(2, index), gone
+
+
+def scored(
+    seen: torch.Tensor,
+    before: torch.Tensor | None,
+    kv_heads: int,
+    *,
+    heat: float,
+    noise: Sequence[torch.Tensor],
+    group: str,
+    kernel: int,
+    decay: float,
+    largest: bool,
+    alike: bool,
+) -> torch.Tensor:
+    """Logits [B,H,1,S] → the scores [B,K,S] of all entries."""
+    if noise:
+        seen = seen + torch.cat([*noise]).to(seen)[:, None]
+    each = torch.softmax(seen / heat, -1)[:, :, 0].unflatten(1, (kv_heads, -1))
+    if kernel > 1:
+        each = torch.nn.functional.avg_pool1d(each.flatten(1, 2), kernel, 1, kernel // 2).view_as(each)
+    scores = each.amax(2) if group == "max" else each.mean(2) if group == "mean" else each.sum(2)
+    if before is not None:
+        known, old = scores[:, :, : before.shape[2]], decay * before
+        known.copy_(torch.maximum(known, old) if largest else known + old)
+    return scores.mean(1, keepdim=True).expand_as(scores).contiguous() if alike else scores

@@ -1,0 +1,79 @@
+"""What `attend_evict` is tested and measured on: every way to score, sizes that no vector divides, and no eviction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """q [B,H,1,D], k and v [B,K,S,D] in buffers with `room` more; `known` entries have a score from before, −1: none
+    has. The others are options of the operation; `noisy` adds noise."""
+
+    batch: int = 1
+    heads: int = 6
+    kv_heads: int = 2
+    entries: int = 500
+    width: int = 64
+    room: int = 0
+    known: int = -1
+    low: int = 0
+    recent: int = 1
+    softcap: float | None = None
+    heat: float = 1.0
+    noisy: bool = False
+    group: str = "mean"
+    kernel: int = 1
+    decay: float = 1.0
+    largest: bool = False
+    alike: bool = False
+    size: float = 1.0  # standard deviation of the logits
+
+    def __str__(self) -> str:
+        plain = Case()
+        return "-".join(f"{name}{value}" for name, value in vars(self).items() if value != getattr(plain, name)) or "-"
+
+
+CASES = (
+    *(Case(entries=entries) for entries in (2, 63, 257, 1000)),
+    *(Case(group=group) for group in ("sum", "max")),
+    Case(alike=True, room=3),
+    Case(batch=2, alike=True, entries=301),
+    Case(known=499, low=4, recent=100, group="sum", room=1),
+    Case(known=490, decay=0.7, batch=2),
+    Case(known=499, decay=0.9, largest=True),
+    Case(kernel=15, entries=301, low=2, recent=32),
+    Case(kernel=5, group="max", alike=True),
+    Case(heat=1.7, noisy=True, known=499, group="sum"),
+    Case(heat=0.5, batch=2, heads=8),
+    Case(noisy=True, heads=15, kv_heads=3, entries=333),
+    Case(heads=10, kv_heads=1, width=128),
+    Case(heads=18, kv_heads=2, width=32),
+    Case(heads=20, kv_heads=1),
+    Case(width=40, heads=2),
+    Case(softcap=3.0, size=5.0),
+    Case(recent=500, known=400),
+    Case(size=100.0),
+    Case(size=0.0, low=7),
+)
+
+
+def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of `attend_evict`."""
+    draw = torch.Generator().manual_seed(seed)
+    q = torch.randn(case.batch, case.heads, 1, case.width, generator=draw) * case.size
+    shape = (case.batch, case.kv_heads, case.entries + case.room, case.width)
+    k, v = (torch.randn(*shape, generator=draw).to(device, dtype) for _ in range(2))
+    k[:, :, case.entries :] = v[:, :, case.entries :] = float("nan")
+    before = None if case.known < 0 else torch.rand(case.batch, case.kv_heads, case.known, generator=draw).to(device)
+    group = case.heads // case.kv_heads
+    noise = [torch.randn(group, case.entries + 5, generator=draw).to(device)[:, 2:-3] for _ in range(case.kv_heads)]
+    return {
+        "q": q.to(device, dtype), "k": k[:, :, : case.entries], "v": v[:, :, : case.entries], "before": before,
+        "scale": case.width**-0.5, "free": (case.low, max(case.low, case.entries - case.recent)),
+        "softcap": case.softcap, "heat": case.heat, "noise": noise if case.noisy else (), "group": case.group,
+        "kernel": case.kernel, "decay": case.decay, "largest": case.largest, "alike": case.alike,
+    }  # fmt: skip
