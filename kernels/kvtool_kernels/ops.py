@@ -15,6 +15,9 @@ import torch
 
 from kvtool_kernels.attend import cpu as _attend_cpu
 from kvtool_kernels.attend import reference as _attend_reference
+from kvtool_kernels.attend_evict import cpu as _attend_evict_cpu
+from kvtool_kernels.attend_evict import reference as _attend_evict_reference
+from kvtool_kernels.attend_evict.reference import Evicted
 from kvtool_kernels.attend_packed import cpu as _attend_packed_cpu
 from kvtool_kernels.attend_packed import reference as _attend_packed_reference
 from kvtool_kernels.attention_statistics import blocked as _statistics
@@ -33,6 +36,7 @@ from kvtool_kernels.select import reference as _select_reference
 
 __all__ = [
     "attend",
+    "attend_evict",
     "attend_latent",
     "attend_packed",
     "attend_ragged",
@@ -76,6 +80,37 @@ def attend_scored(
         return _attend_cpu.scored(q, k, v, scale=scale, softcap=softcap)
     made = attend(q, k, v, scale=scale, softcap=softcap)
     return *made, _attend_reference.logits(q, k, scale=scale, softcap=softcap)
+
+
+def attend_evict(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: torch.Tensor | None,
+    *,
+    scale: float,
+    free: tuple[int, int],
+    softcap: float | None = None,
+    heat: float = 1.0,
+    noise: Sequence[torch.Tensor] = (),
+    group: str = "mean",
+    kernel: int = 1,
+    decay: float = 1.0,
+    largest: bool = False,
+    alike: bool = False,
+) -> Evicted:
+    """Attention of one token, after which the entry that its softmax scores worst leaves k and v, in place; see
+    `attend_evict/reference.py`."""
+    if q.device.type == "cpu":
+        return _attend_evict_cpu.attend_evict(
+            q, k, v, before, scale=scale, free=free, softcap=softcap, heat=heat, noise=noise, group=group,
+            kernel=kernel, decay=decay, largest=largest, alike=alike,
+        )  # fmt: skip
+    out, lse, seen = attend_scored(q, k, v, scale=scale, softcap=softcap)
+    return _attend_evict_reference.evicted(
+        (out, lse), seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
+        largest=largest, alike=alike,
+    )  # fmt: skip
 
 
 def attend_ragged(

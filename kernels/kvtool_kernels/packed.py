@@ -1,11 +1,12 @@
 """One side (keys or values) of one segment in coded form: bit-packed codes with their scales.
 
-    x̂ = level(code) · scale + zero
+    x̂ = level(code) · scale + zero,   but x̂[index] = value for an entry's n outliers
 
 Layout "token" shares a scale between `group` consecutive entries of one channel:
 codes uint8 [B,K,S/g,D,g·bits/8], scale and zero [B,K,S/g,D].
 Layout "channel" shares it between `group` consecutive channels of one entry:
 codes uint8 [B,K,S,D·bits/8], scale and zero broadcastable to [B,K,S,D/g] (S=1 there: one range for all entries).
+Outliers int16 and fp16 [B,K,S,n] are the places among an entry's channels and the numbers that stand there.
 `packing/reference.py` defines the order of the bits. Where the entries stand in the sequence, and whether they were
 rotated, is the segment's to know.
 """
@@ -32,6 +33,7 @@ class Packed:
     layout: Layout
     width: int  # D
     levels: torch.Tensor | None = None  # fp32 [2^bits]; None: level(code) = code
+    outliers: tuple[torch.Tensor, torch.Tensor] | None = None  # index, value; each place at most once in an entry
 
     @property
     def tokens(self) -> int:
@@ -45,4 +47,5 @@ class Packed:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The tensors held, without those that are None."""
-        return tuple(t for t in (self.codes, self.scale, self.zero, self.levels) if t is not None)
+        held = (self.codes, self.scale, self.zero, self.levels, *(self.outliers or ()))
+        return tuple(t for t in held if t is not None)

@@ -4,7 +4,7 @@
     x̂ = T₁⁻¹(… Tₙ⁻¹(decoded + error, with the outliers put back))
 
 Keys may be stored before RoPE (`rotated=False`): the cache turns them back before encoding and forward again after
-decoding, by the positions that it keeps. Attention runs on the written form itself whenever `direct` says so.
+decoding, by the positions that it keeps. Attention runs on the written form itself wherever `readable` has it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Encoding(Record):
 
     @property
     def direct(self) -> bool:
-        """May attention read the written form? Not where residuals or a rotation stand between."""
+        """Is what the codec writes all there is, of entries as attention sees them up to transforms?"""
         return self.outliers is None and self.error is None and self.rotated
 
     @property
@@ -178,11 +178,16 @@ class Encoding(Record):
 
     def packed(self, parts: Parts) -> Packed | torch.Tensor | None:
         """What kernels read: z, not x̂. None when they cannot."""
-        return self.codec.packed(parts) if self.direct else None
+        return self.readable(parts) if self.rotated else None
 
     def readable(self, parts: Parts) -> Packed | torch.Tensor | None:
-        """z, on either side of RoPE, in the form that kernels read; None where residuals or the codec have none."""
-        return self.codec.packed(parts) if self.outliers is None and self.error is None else None
+        """z, on either side of RoPE, in the form that kernels read; None where the codec or residuals have none."""
+        if self.error is not None or (self.outliers is not None and self.outliers.axis == "token"):
+            return None
+        bare = self.codec.packed(parts)
+        if self.outliers is None or bare is None:
+            return bare
+        return replace(bare, outliers=self.outliers.kept(parts)) if isinstance(bare, Packed) else None
 
     def latent(self, parts: Parts, width: int) -> Packed | torch.Tensor:
         """z as `readable`, or decoded where it is not."""

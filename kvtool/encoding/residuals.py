@@ -66,8 +66,12 @@ class Outliers(Record):
 
     def join(self, z: torch.Tensor, parts: Parts) -> torch.Tensor:
         """ẑ fp32 [B,K,S,r] with the outliers put back."""
-        index, value = parts["outliers.index"].long(), parts["outliers.value"].float()
-        return self._entries(self._vectors(z).scatter(-1, index, value))
+        index, value = self.kept(parts)
+        return self._entries(self._vectors(z).scatter(-1, index.long(), value.float()))
+
+    def kept(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places and numbers of a vector's outliers."""
+        return parts["outliers.index"], parts["outliers.value"]
 
     def _distance(self, vectors: torch.Tensor) -> torch.Tensor:
         if self.scale is None or self.zero is None:

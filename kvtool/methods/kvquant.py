@@ -10,9 +10,10 @@ Hooper et al., arXiv 2401.18079, NeurIPS 2024, with its released code.
 
     memory: bits + 32·n/C a number, n = ⌈outliers·C⌉ outliers a token of C = K·D numbers, + 32/C for values
 
-Outliers have a fixed capacity a token (the "cap" variant): the n furthest from the middle of their range, in its
-half-widths, as fp16 with a place of 16 bits. Levels fit what is left within its range. F is from a real backward pass
-over each text. The first `sink` tokens stay raw, in calibration and in the cache.
+Outliers have a fixed capacity a token (the "cap" variant): the n keys furthest from the middle of their range, in its
+half-widths, the n values furthest from the token's mean, as fp16 with a place of 16 bits. Levels fit what is left
+within its range. F is from a real backward pass over each text. The first `sink` tokens stay raw, in calibration and in
+the cache.
 
 Departures from the released code: it takes as many outliers on either side, keeps of these only what is beyond the
 range, and has the counts of one model written in; its k-means starts from random centres, ours finds the best borders

@@ -54,7 +54,15 @@ def test_the_definition_is_attention_over_the_decoded_entries() -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 17])
 @pytest.mark.parametrize("name", names("attend_packed"))
 @pytest.mark.parametrize(
-    "sides", [kivi(4), Case(Side(2, "channel", 16), Side(3, "token", 32)), Case(None, None)], ids=str
+    "sides",
+    [
+        kivi(4),
+        Case(Side(2, "channel", 16), Side(3, "token", 32)),
+        Case(None, None),
+        Case(Side(4, "channel", 64, "levels", 2), Side(3, "channel", 8, outliers=1)),
+        Case(Side(3, "channel", 24), Side(5, "channel", 24, "levels"), width=24),
+    ],
+    ids=str,
 )
 def test_memory_beyond_the_entries_is_not_read(name: str, sides: Case, tokens: int) -> None:
     """Every tensor is a view into a larger buffer whose tail holds 255 or NaN."""
@@ -67,8 +75,10 @@ def test_memory_beyond_the_entries_is_not_read(name: str, sides: Case, tokens: i
 
 def poisoned(side: Any) -> Any:
     if isinstance(side, Packed):
-        parts = {name: poisoned(getattr(side, name)) for name in ("codes", "scale", "zero")}
-        return dataclasses.replace(side, **parts)
+        held = {name: getattr(side, name) for name in ("codes", "scale", "zero")}
+        parts = {name: poisoned(tensor) for name, tensor in held.items() if tensor is not None}
+        apart = None if side.outliers is None else tuple(poisoned(x) for x in side.outliers)
+        return dataclasses.replace(side, **parts, outliers=apart)
     buffer = side.new_full((side.shape[0], side.shape[1], side.shape[2] + 7, *side.shape[3:]), 255)
     if side.is_floating_point():
         buffer.fill_(float("nan"))

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from kvtool_kernels import ops
+from kvtool_kernels._native.record import FEW
+from kvtool_kernels.latent import cpu
 from kvtool_kernels.latent.reference import attend_latent as define
 from kvtool_kernels.latent.reference import rotate
 from kvtool_kernels.latent.spec import CASES, Case, inputs
+from kvtool_kernels.quantize.spec import Side
 from tests.kernels.test_attend import agree
+from tests.kernels.test_attend_packed import poisoned
 from tests.kernels.twins import device, names
 from tests.tolerance import close
 
@@ -29,6 +33,34 @@ def twin(name: str) -> object:
 def test_twins(name: str, case: Case, dtype: torch.dtype) -> None:
     given = inputs(case, dtype=dtype, device=device(name))
     agree(twin(name)(**given), define(**given))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.entries], ids=str)
+def test_both_ways_of_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled loops are taken where they can be; what they do not cover goes block by block, and so can all."""
+    given = inputs(case)
+    expected, taken = define(**given), []
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "_logits", lambda *rest: taken.append(rest))
+        patch.setattr(cpu, "_weighed", lambda *rest: expected)
+        agree(cpu.attend_latent(**given), expected)
+    rows, whole = case.heads // case.kv_heads * case.tokens, case.width % 16 == 0 and not case.offset
+    assert bool(taken) == (rows > FEW or (case.rank is None and not whole))
+    monkeypatch.setattr(cpu, "served", lambda *rest: False)
+    agree(cpu.attend_latent(**given), expected)
+
+
+@pytest.mark.parametrize("keys", [None, Side(4, "channel", 64, "levels", 2), Side(3, "token", 32)], ids=str)
+def test_threads_do_not_change_the_result(keys: Side | None) -> None:
+    """Pieces of a head are merged, whoever finishes last."""
+    given = inputs(Case(heads=6, kv_heads=2, entries=4096, rank=64, shared=2, keys=keys))
+    expected, before = define(**given), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for _ in range(5):
+            agree(cpu.attend_latent(**given), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["reference", *TWINS])
@@ -76,14 +108,12 @@ def test_latent_values_take_their_basis_afterwards(name: str) -> None:
     agree((late, lse), define(**{**given, "v": given["v"] @ basis}))
 
 
+@pytest.mark.parametrize("keys", [None, Side(3, "channel", 32, "levels", 2)], ids=str)
 @pytest.mark.parametrize("name", TWINS)
-def test_memory_beyond_the_entries_is_not_read(name: str) -> None:
-    given = inputs(Case(batch=2, entries=63), device=device(name))
+def test_memory_beyond_the_entries_is_not_read(name: str, keys: Side | None) -> None:
+    given = inputs(Case(batch=2, entries=63, keys=keys, values=keys, value_width=32), device=device(name))
     expected = define(**given)
-    for key in ("z", "v"):
-        buffer = given[key].new_full((*given[key].shape[:2], 100, given[key].shape[3]), float("nan"))
-        buffer[:, :, :63] = given[key]
-        given[key] = buffer[:, :, :63]
+    given |= {key: poisoned(given[key]) for key in ("z", "v")}
     positions = given["positions"].new_full((2, 2, 100), 2**30)
     positions[..., :63] = given["positions"]
     agree(twin(name)(**{**given, "positions": positions[..., :63]}), expected)

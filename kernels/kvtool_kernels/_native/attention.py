@@ -171,6 +171,7 @@ def attend_split(job, lane, batch, head, begin, end, q, scratch, room, top, norm
 @inner_loop
 def merge_splits(splits, rows, parts, size, wide, out, lse):
     """The pieces of one head and pass → out [rows, Dv] and lse [rows]."""
+    near = rows + -rows % LANES
     for r in range(rows):
         peak, norm = NOTHING, float32(0.0)
         for split in range(splits):
@@ -179,9 +180,9 @@ def merge_splits(splits, rows, parts, size, wide, out, lse):
         for split in range(splits):
             part = parts + split * size * 4
             weight = exp(splat(LANES, read(part, r) - peak))
-            norm += total(fma(weight, load(FP32, LANES, part, LANES + r * LANES), splat(LANES, float32(-0.0))))
+            norm += total(fma(weight, load(FP32, LANES, part, near + r * LANES), splat(LANES, float32(-0.0))))
             for i in range(0, wide, LANES):
-                value = load(FP32, LANES, part, LANES + rows * LANES + r * wide + i)
+                value = load(FP32, LANES, part, near + rows * LANES + r * wide + i)
                 store(out, r * wide + i, fma(value, weight, load(FP32, LANES, out, r * wide + i)))
         inverse, none = splat(LANES, float32(1.0) / norm), splat(LANES, float32(-0.0))
         for i in range(0, wide, LANES):
@@ -201,7 +202,7 @@ def function() -> int:
         rows, lanes, starts = field(job, ROWS), field(job, LANES_AT), field(job, STARTS)
         wide, width = field(lanes + VALUES * 8, WIDTH), field(lanes + KEYS * 8, WIDTH)
         wide, width = wide + -wide % LANES, width + -width % LANES
-        room, size = field(job, TILE) * max(wide, width), LANES + rows * LANES + rows * wide
+        room, size = field(job, TILE) * max(wide, width) + LANES, LANES + rows * LANES + rows * wide
         clear(scratch, field(job, SCRATCH_SIZE) // 4)
         for side in range(2):
             write(scratch + side * (3 * room + LANES) * 4, 0, float32(1.0))

@@ -9,6 +9,7 @@ from numba import float32
 from kvtool_kernels._native.record import (
     CHUNK,
     FIRST_SIDE,
+    FP32,
     HEADS,
     KIND,
     LANES,
@@ -21,11 +22,12 @@ from kvtool_kernels._native.record import (
     TOKEN,
     TOKENS,
     UNITS,
+    WHOLE,
     WIDTH,
 )
 from kvtool_kernels._native.simd import address_of, field, read, take, transpose, write
 from kvtool_kernels._native.team import STAMP, compiled
-from kvtool_kernels._native.tile import clear, decode, inner_loop
+from kvtool_kernels._native.tile import clear, decode, floats, inner_loop
 
 
 @inner_loop
@@ -51,7 +53,8 @@ def function() -> int:
         scratch = field(job, SCRATCH) + take(job + THREAD * 8) * field(job, SCRATCH_SIZE)
         side, pitch, tokens = job + FIRST_SIDE * 8, field(job, TILE), field(job, TOKENS)
         splits, heads, width = field(job, SPLITS), field(job, HEADS), field(side, WIDTH)
-        room = pitch * (width + -width % LANES)
+        wide = width + -width % LANES
+        room = pitch * wide + LANES
         tile = scratch + (2 * room + LANES) * 4
         clear(scratch, 2 * room + LANES)
         write(scratch, 0, float32(1.0))
@@ -66,8 +69,12 @@ def function() -> int:
                 if field(side, KIND) == TOKEN:
                     decode(side, group // heads, group % heads, first, count, tile, pitch, scratch, room)
                     turn(tile, pitch, count, width, out)
-                else:
+                elif field(side, WHOLE):
                     decode(side, group // heads, group % heads, first, count, out, width, scratch, room)
+                else:
+                    decode(side, group // heads, group % heads, first, count, tile, wide, scratch, room)
+                    for t in range(count):
+                        floats(FP32, tile, t * wide, width, out + t * width * 4)
             unit = take(job)
 
     return compiled("void(voidptr)", dequantize)

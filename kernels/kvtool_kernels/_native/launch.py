@@ -46,21 +46,21 @@ def attend_lanes(
     """As `attend`, of heads that stand one behind the other in lanes, each with entries of its own number and form;
     widths are alike."""
     sides = [(laid_out(keys), laid_out(values)) for keys, values in lanes]
-    shapes = [_shape(values) for _, values in sides]
+    shapes = [shape_of(values) for _, values in sides]
     batch, query_heads, tokens, width = q.shape
     heads, value_width = sum([shape[0] for shape in shapes]), shapes[0][2]
     count = query_heads // heads * tokens
     passes = -(-count // AT_ONCE)
     rows = -(-count // passes)
-    threads, tile = torch.get_num_threads(), max([_tile(side) for pair in sides for side in pair])
+    threads, tile = torch.get_num_threads(), max([tile_of(side) for pair in sides for side in pair])
     entries = batch * passes * sum([shape[0] * shape[1] for shape in shapes])
-    workers = max(1, min(SHARE * threads, entries // SPLIT)) if threads > 1 else 1
-    deal = _dealt(batch, tuple([(shape[0], -(-shape[1] // tile)) for shape in shapes]), passes, workers)
+    workers = workers_for(entries, threads)
+    deal = dealt(batch, tuple([(shape[0], -(-shape[1] // tile)) for shape in shapes]), passes, workers)
     groups, threads = batch * heads * passes, min(threads, workers)
     wide, value_wide = padded(width), padded(value_width)
 
-    query = _query(q.reshape(batch, heads, count, width), passes * rows, wide, scale)
-    room = tile * max(wide, value_wide)
+    query = query_rows(q.reshape(batch, heads, count, width), passes * rows, wide, scale)
+    room = tile * max(wide, value_wide) + LANES  # a tile's last vector may end behind it
     part, scratch = LANES + rows * LANES + rows * value_wide, 2 * (3 * room + LANES) + rows * tile
     sizes = [groups * rows * value_wide, deal.pieces * part, threads * scratch, groups * rows]
     out, parts, workspace, lse = torch.empty(sum(sizes)).split(sizes)  # whole vectors first: they stay aligned
@@ -84,8 +84,13 @@ def attend_lanes(
     return out.reshape(*shape, value_width).to(q.dtype), lse.reshape(shape)
 
 
+def workers_for(entries: int, threads: int) -> int:
+    """Into how many shares the work over so many entries is cut."""
+    return max(1, min(SHARE * threads, entries // SPLIT)) if threads > 1 else 1
+
+
 @dataclass(frozen=True)
-class _Deal:
+class Deal:
     """How many pieces there are, the addresses of their table and of each worker's first, and the two tables."""
 
     pieces: int
@@ -94,7 +99,7 @@ class _Deal:
 
 
 @functools.lru_cache(maxsize=64)
-def _dealt(batch: int, lanes: tuple[tuple[int, int], ...], passes: int, workers: int) -> _Deal:
+def dealt(batch: int, lanes: tuple[tuple[int, int], ...], passes: int, workers: int) -> Deal:
     """The pieces of lanes of (heads, tiles) each. They are the same from one step to the next, until a tile is full."""
     heads = sum(count for count, _ in lanes)
     firsts = np.cumsum([0, *(count for count, _ in lanes)])
@@ -106,17 +111,17 @@ def _dealt(batch: int, lanes: tuple[tuple[int, int], ...], passes: int, workers:
     deal = stream_k(each[:, -1].tolist(), workers)
     starts = np.searchsorted(deal[:, WORKER], np.arange(workers + 1))
     table = np.ascontiguousarray(np.concatenate([each[deal[:, HEAD], :-1], deal[:, FIRST:]], axis=1))
-    return _Deal(len(table), (table.ctypes.data, starts.ctypes.data), (table, starts))
+    return Deal(len(table), (table.ctypes.data, starts.ctypes.data), (table, starts))
 
 
 def dequantize(packed: Packed) -> torch.Tensor:
     """A readable side of at least one entry → x̂ fp32 [B,K,S,D]."""
     batch, heads = packed.codes.shape[:2]
-    tokens, tile = packed.tokens, _tile(packed)
+    tokens, tile = packed.tokens, tile_of(packed)
     out, splits = torch.empty(batch, heads, tokens, packed.width), -(-tokens // PIECE)
     units = batch * heads * splits
     threads = min(torch.get_num_threads(), units)
-    scratch = 3 * tile * padded(packed.width) + LANES
+    scratch = 3 * (tile * padded(packed.width) + LANES) + LANES
     workspace = torch.empty(threads * scratch)
     job = np.zeros(JOB, dtype=np.int64)
     job[:PASSES] = [
@@ -156,18 +161,18 @@ def quantize(x: torch.Tensor, *, bits: int, group: int, layout: Layout, clip: fl
     return Packed(codes, scale, zero, bits, group, layout, width)
 
 
-def _shape(side: Packed | torch.Tensor) -> tuple[int, int, int]:
+def shape_of(side: Packed | torch.Tensor) -> tuple[int, int, int]:
     """K, S and D."""
     if isinstance(side, Packed):
         return side.codes.shape[1], side.tokens, side.width
     return side.shape[1], side.shape[2], side.shape[3]
 
 
-def _tile(side: Packed | torch.Tensor) -> int:
+def tile_of(side: Packed | torch.Tensor) -> int:
     return max(TILE, side.group) if isinstance(side, Packed) and side.layout == "token" else TILE
 
 
-def _query(q: torch.Tensor, rows: int, wide: int, scale: float) -> torch.Tensor:
+def query_rows(q: torch.Tensor, rows: int, wide: int, scale: float) -> torch.Tensor:
     """q [B,K,·,D] times the scale as fp32 [B,K,rows,wide], with zeros where it ends."""
     scaled = q.float() * scale
     short, narrow = rows - q.shape[2], wide - q.shape[3]

@@ -54,6 +54,7 @@ def _inner(rows: int) -> Any:
 
 
 _outer1, _outer2, _outer3, _outer4 = _outer(1, 4), _outer(2, 4), _outer(3, 2), _outer(4, 2)
+many4 = _outer(4, 4)  # for wide tiles: every number that is loaded serves four times
 _inner1, _inner2, _inner3, _inner4 = _inner(1), _inner(2), _inner(3), _inner(4)
 
 

@@ -25,8 +25,11 @@ PER_RUN, PER_LANE = 63, 0  # values of SHIFT: a scale serves 2^SHIFT codes of a 
 (
     KIND, DATA, BATCH_STRIDE, HEAD_STRIDE, STEP, WIDTH, DTYPE, GROUP, RUN, SHIFT, EXPANDED, SCALE, ZERO, SCALE_DTYPE,
     SCALE_BATCH, SCALE_HEAD, SCALE_STEP, LEVELS, PLANES, PLANE, LENGTH, TAKEN,
-) = (*range(20), 22, 25)  # fmt: skip
-SIDE = 28  # PLANE, LENGTH and TAKEN are three fields each: the function, its bytes per run, the bits below
+    COUNT, APART, INDEX, VALUE, APART_BATCH, APART_HEAD, WHOLE,
+) = (*range(20), 22, 25, 28, 29, 30, 31, 32, 33, 34)  # fmt: skip
+SIDE = 35
+# PLANE, LENGTH and TAKEN are three fields each: the function, its bytes per run, the bits below. COUNT: of levels;
+# APART: outliers of an entry, INDEX and VALUE where they are; WHOLE: parts of planes make whole vectors
 
 # A job: decoding has one side, attention two for each lane, which LANES_AT points to.
 (
@@ -56,13 +59,20 @@ def served(
 
 
 def readable(side: Packed | torch.Tensor) -> bool:
-    """Whether the loops can read a side: whole vectors of codes, of which each has one scale or a scale per code."""
+    """Whether the loops can read a side: along tokens, whole vectors of codes."""
     if isinstance(side, torch.Tensor):
         return side.dtype in DTYPES
     scale, zero, levels = side.scale, side.zero, side.levels
     like = zero is None or (zero.dtype == scale.dtype and zero.shape == scale.shape)
     table = levels is None or (levels.dtype == torch.float32 and levels.is_contiguous())
-    return scale.dtype in DTYPES and like and table and _whole(side.bits, _run(side))
+    apart = side.outliers is None or [x.dtype for x in side.outliers] == [torch.int16, torch.float16]
+    return (
+        scale.dtype in DTYPES
+        and like
+        and table
+        and apart
+        and (side.layout == "channel" or _whole(side.bits, side.group))
+    )
 
 
 def describe(side: Packed | torch.Tensor) -> list[int]:
@@ -71,7 +81,8 @@ def describe(side: Packed | torch.Tensor) -> list[int]:
         fields = [DENSE, side.data_ptr(), side.stride(0), side.stride(1), side.stride(2), side.shape[-1]]
         return [*fields, DTYPES[side.dtype], *[0] * (SIDE - len(fields) - 1)]
     token, run, scale, codes = side.layout == "token", _run(side), side.scale, side.codes
-    shift, expanded = _sharing(side.group, run)
+    whole = _whole(side.bits, run)
+    shift, expanded = _sharing(side.group, run, whole)
     simple = shift == PER_RUN or side.levels is not None  # levels are scaled after they are looked up
     batch, head, entry = (0 if n == 1 else step for n, step in zip(scale.shape[:3], scale.stride()[:3], strict=True))
     return [
@@ -79,6 +90,7 @@ def describe(side: Packed | torch.Tensor) -> list[int]:
         0, side.group, run, shift, expanded, scale.data_ptr(), 0 if side.zero is None else side.zero.data_ptr(),
         DTYPES[scale.dtype], batch, head, side.width if token else entry,
         0 if side.levels is None else side.levels.data_ptr(), *_plane_fields(side.bits, run, simple),
+        0 if side.levels is None else len(side.levels), *_apart(side.outliers), whole,
     ]  # fmt: skip
 
 
@@ -87,6 +99,10 @@ def laid_out(side: Packed | torch.Tensor) -> Packed | torch.Tensor:
     if isinstance(side, torch.Tensor):
         return side if side.stride(-1) == 1 else side.contiguous()
     alike = side.zero is None or side.zero.stride() == side.scale.stride()
+    if side.outliers is not None:
+        index, value = side.outliers
+        if index.stride() != value.stride() or not _dense_inside(index):
+            side = dataclasses.replace(side, outliers=(index.contiguous(), value.contiguous()))
     if alike and _dense_inside(side.codes) and _dense_inside(side.scale):
         return side
     zero = None if side.zero is None else side.zero.contiguous()
@@ -103,6 +119,13 @@ def _dense_inside(tensor: torch.Tensor) -> bool:
     return True
 
 
+def _apart(outliers: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[int, ...]:
+    if outliers is None:
+        return (0,) * 5
+    index, value = outliers
+    return index.shape[-1], index.data_ptr(), value.data_ptr(), index.stride(0), index.stride(1)
+
+
 def _run(side: Packed) -> int:
     """Codes that are packed together."""
     return side.group if side.layout == "token" else side.width
@@ -114,11 +137,11 @@ def _whole(bits: int, run: int) -> bool:
     return not run % LANES and all(not n % LANES or n in (8, 4, 2) for n in (run * p // 8 for p in planes(bits)))
 
 
-def _sharing(group: int, run: int) -> tuple[int, int]:
+def _sharing(group: int, run: int, whole: bool) -> tuple[int, int]:
     """(SHIFT, EXPANDED): how codes of a run find their scale."""
     if group == run:
         return PER_RUN, 0
-    if group % LANES == 0 and group & group - 1 == 0:
+    if whole and group % LANES == 0 and group & group - 1 == 0:
         return group.bit_length() - 1, 0
     return PER_LANE, int(group > 1)
 
@@ -131,6 +154,7 @@ def _plane_fields(bits: int, run: int, simple: bool) -> tuple[int, ...]:
     lengths = [run * power // 8 for power in powers]
     taken = [sum(powers[:index]) for index in range(len(powers))]
     plane = per_run if simple else per_code
-    functions = [plane(p, min(n, LANES), not t) for p, n, t in zip(powers, lengths, taken, strict=True)]
+    whole = _whole(bits, run)
+    functions = [plane(p, min(n, LANES) if whole else 0, not t) for p, n, t in zip(powers, lengths, taken, strict=True)]
     filled = [[*numbers, *[0] * (3 - len(powers))] for numbers in (functions, lengths, taken)]
     return len(powers), *filled[0], *filled[1], *filled[2]

@@ -8,10 +8,15 @@ from typing import Any
 import numba
 from numba import float32
 
+from kvtool_kernels._native.lanes import first_of, look_among, short
 from kvtool_kernels._native.record import (
+    APART,
+    APART_BATCH,
+    APART_HEAD,
     BATCH_STRIDE,
     BF16,
     CHANNEL,
+    COUNT,
     DATA,
     DENSE,
     DTYPE,
@@ -20,6 +25,7 @@ from kvtool_kernels._native.record import (
     FP32,
     GROUP,
     HEAD_STRIDE,
+    INDEX,
     KIND,
     LANES,
     LENGTH,
@@ -37,6 +43,7 @@ from kvtool_kernels._native.record import (
     SHIFT,
     STEP,
     TAKEN,
+    VALUE,
     WIDTH,
     ZERO,
 )
@@ -85,14 +92,16 @@ def expand(source, count, group, target):
 @inner_loop
 def look(side, count, target, pitch, scales, zeros, scale_step):
     """Codes in fp32, in place: their levels, scaled."""
-    run, shift, levels = field(side, RUN), field(side, SHIFT), field(side, LEVELS)
+    run, shift, levels, known = field(side, RUN), field(side, SHIFT), field(side, LEVELS), field(side, COUNT)
+    table = first_of(levels, min(known, LANES))
     for _ in range(count):
         for at in range(0, run, LANES):
             if shift == PER_LANE:
                 gain, offset = load(FP32, LANES, scales, at), load(FP32, LANES, zeros, at)
             else:
                 gain, offset = splat(LANES, read(scales, at >> shift)), splat(LANES, read(zeros, at >> shift))
-            store(target, at, fma(look_up(levels, load(FP32, LANES, target, at)), gain, offset))
+            code = first_of(target + at * 4, min(run - at, LANES))  # no code stands behind the run
+            store(target, at, fma(look_among(table, code) if known <= LANES else look_up(levels, code), gain, offset))
         target += pitch * 4
         scales += scale_step * 4
         zeros += scale_step * 4
@@ -112,6 +121,16 @@ def spread(side, source, count, target, pitch, scales, zeros, scale_step, units)
         source += length
     if levels:
         look(side, count, target, pitch, scales, zeros, scale_step)
+
+
+@inner_loop
+def put_apart(side, batch, head, first, count, tile, row, column):
+    """Outliers of `count` entries to their places; entries are `row` numbers apart in the tile, channels `column`."""
+    each = field(side, APART)
+    near = batch * field(side, APART_BATCH) + head * field(side, APART_HEAD) + first * each
+    for at in range(count * each):
+        place = at // each * row + short(field(side, INDEX), near + at) * column
+        store(tile, place, load(FP16, 1, field(side, VALUE), near + at))
 
 
 @inner_loop
@@ -148,8 +167,10 @@ def decode(side, batch, head, first, count, tile, pitch, scratch, room):
             floats(dtype, field(side, ZERO), place, numbers, zeros)
     if kind == CHANNEL:
         spread(side, at + near + first * field(side, STEP), count, tile, pitch, scales, zeros, step, scratch)
+        put_apart(side, batch, head, first, count, tile, pitch, 1)
         return
     for index in range(runs):
         source = at + near + (begin + index) * width * field(side, STEP)
         apart = index * width * 4
         spread(side, source, width, tile + index * group * 4, pitch, scales + apart, zeros + apart, 1, scratch)
+    put_apart(side, batch, head, first, count, tile, 1, pitch)

@@ -53,4 +53,5 @@ def decoded(side: Packed | torch.Tensor, start: int, stop: int) -> torch.Tensor:
     part = slice(start // side.group, stop // side.group) if side.layout == "token" else slice(start, stop)
     scale, zero = (t if t is None or t.shape[2] == 1 else t[:, :, part] for t in (side.scale, side.zero))
     assert scale is not None
-    return dequantize(dataclasses.replace(side, codes=side.codes[:, :, part], scale=scale, zero=zero))
+    apart = None if side.outliers is None else (side.outliers[0][:, :, start:stop], side.outliers[1][:, :, start:stop])
+    return dequantize(dataclasses.replace(side, codes=side.codes[:, :, part], scale=scale, zero=zero, outliers=apart))

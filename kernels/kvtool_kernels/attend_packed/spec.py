@@ -62,6 +62,10 @@ CASES = (
     *(Case(Side(bits, "token", 32, "levels"), Side(bits, "channel", 32, "levels")) for bits in (2, 3, 4)),
     Case(Side(4, "token", 32, "symmetric"), Side(4, "channel", 64, "symmetric")),
     Case(Side(4, "channel", 1, "static"), Side(4, "channel", 32, "static"), entries=500, batch=2),
+    Case(Side(4, "channel", 1, "static", 2), Side(4, "channel", 64, "levels", 2), entries=500, batch=2),
+    *(Case(Side(bits, "channel", 40), Side(bits, "channel", 8), width=40, entries=100) for bits in (1, 3, 4, 7)),
+    Case(Side(3, "channel", 48, "levels", 1), Side(3, "channel", 1, "static", 1), width=48, entries=100),
+    Case(Side(3, "token", 32, outliers=1), Side(5, "channel", 16, "levels", 3), tokens=5, entries=96),
 )  # fmt: skip
 
 

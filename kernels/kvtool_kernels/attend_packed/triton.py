@@ -20,6 +20,7 @@ import triton.language as tl
 
 from kvtool_kernels.codes import arguments, load_levels, load_scale
 from kvtool_kernels.packed import Packed
+from kvtool_kernels.quantize.triton import dequantize
 from kvtool_kernels.tiles import (
     INTERPRETED,
     INTERPRETED_TILE,
@@ -216,8 +217,11 @@ def attend_packed(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.attend_packed`."""
+    """As `reference.attend_packed`; what has outliers is decoded before."""
     (q,) = channels_last(q)
+    keys, values = (
+        dequantize(x, q.dtype) if isinstance(x, Packed) and x.outliers is not None else x for x in (keys, values)
+    )
     batch, heads, tokens, width = q.shape
     kv_heads, entries = (
         (keys.shape[1], keys.shape[2]) if isinstance(keys, torch.Tensor) else (keys.codes.shape[1], keys.tokens)

@@ -1,4 +1,7 @@
-"""`attend_latent` on the CPU: keys are rebuilt and turned in blocks that stay in a core's cache, and never held.
+"""`attend_latent` on the CPU: keys are rebuilt and turned a few at a time, in a core's cache, and never held.
+
+Up to `FEW` query rows per KV head go through compiled loops (`_native/turning.py`). More of them, and what the loops
+cannot read, go block by block:
 
     logits_j = scale · q · rotate(z_j · basis + offset),   block by block;   out, lse = attention of those over v
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from kvtool_kernels._native.record import FEW
+from kvtool_kernels._native.record import FEW, LANES, readable
 from kvtool_kernels.attend_packed.cpu import attend_packed, decoded
 from kvtool_kernels.latent import reference
 from kvtool_kernels.packed import Packed
@@ -41,8 +44,30 @@ def attend_latent(
             q, z, basis, v, positions, cos, sin,
             scale=scale, offset=offset, interleaved=interleaved, softcap=softcap,
         )  # fmt: skip
+    if served(q, z, basis, v, offset):
+        from kvtool_kernels._native import launch_turning  # only where it is asked for: Numba is slow to import
+
+        return launch_turning.attend(
+            q, z, basis, v, positions, cos, sin,
+            scale=scale, offset=offset, interleaved=interleaved, softcap=softcap,
+        )  # fmt: skip
     logits = _logits(q.float() * scale, z, basis, offset, positions, cos.float(), sin.float(), interleaved)
     return _weighed(q, logits, v, softcap)
+
+
+def served(
+    q: torch.Tensor,
+    z: Packed | torch.Tensor,
+    basis: torch.Tensor | None,
+    v: Packed | torch.Tensor,
+    offset: torch.Tensor | None,
+) -> bool:
+    """Whether the compiled loops can attend: few queries, sides that they can read, and keys in whole vectors."""
+    width = q.shape[3]
+    latents, _, held = _sizes(z)
+    heads = latents * ((held if basis is None else basis.shape[2]) // width)
+    plain = basis is not None or (offset is None and width % LANES == 0)
+    return plain and q.shape[1] // heads * q.shape[2] <= FEW and readable(z) and readable(v)
 
 
 def _logits(

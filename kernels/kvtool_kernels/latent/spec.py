@@ -57,6 +57,12 @@ CASES = (
     Case(batch=2, entries=100, rank=30, shared=2, keys=Side(3, "channel", 8), values=Side(2, "channel", 16)),
     Case(rank=None, entries=96, keys=Side(4, "channel", 1, "static"), values=Side(4, "token", 32), value_shared=2),
     Case(tokens=3, entries=96, keys=Side(2, "token", 32), softcap=5.0),
+    Case(heads=6, kv_heads=3, rank=None, shared=3, value_shared=3, value_width=192, entries=130,
+         keys=Side(3, "channel", 1, "static", 2), values=Side(3, "channel", 192, "levels", 2)),
+    Case(batch=2, heads=9, kv_heads=3, shared=3, entries=200, rank=40, keys=Side(4, "channel", 40),
+         values=Side(4, "channel", 40), value_width=40, value_shared=3, width=96, rotary=64, interleaved=True),
+    Case(heads=8, kv_heads=4, tokens=3, shared=1, value_shared=2, rank=24, width=128, offset=True),
+    Case(heads=6, kv_heads=6, shared=2, value_shared=3, rank=24, width=32, interleaved=True, softcap=2.0),
 )  # fmt: skip
 
 

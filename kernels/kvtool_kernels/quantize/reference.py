@@ -73,7 +73,15 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tens
         values = values + packed.zero.float()[..., None]
     if packed.layout == "token":
         values = values.transpose(-1, -2)
-    return values.reshape(batch, heads, packed.tokens, packed.width).to(dtype)
+    return restored(values.reshape(batch, heads, packed.tokens, packed.width).to(dtype), packed)
+
+
+def restored(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """x [B,K,S,D], with the outliers of `packed` in their places."""
+    if packed.outliers is None:
+        return x
+    index, value = packed.outliers
+    return x.scatter(-1, index.long(), value.to(x.dtype))
 
 
 def group_view(x: torch.Tensor, group: int, layout: Layout) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,9 +22,11 @@ class Side:
     layout: Layout = "token"
     group: int = 32
     code: Code = "affine"
+    outliers: int = 0  # of an entry
 
     def __str__(self) -> str:
-        return f"{self.bits}b-{self.layout}-g{self.group}" + f"-{self.code}" * (self.code != "affine")
+        marks = f"-{self.code}" * (self.code != "affine") + f"-{self.outliers}apart" * (self.outliers > 0)
+        return f"{self.bits}b-{self.layout}-g{self.group}{marks}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ CASES = (
     Case(Side(4, "channel", 1, "static"), entries=63),
     Case(Side(4, "channel", 32, "static"), entries=500),
     *(Case(Side(4, layout), entries=0) for layout in ("token", "channel")),
+    *(Case(Side(4, layout, 32, code, 3)) for layout in ("token", "channel") for code in ("affine", "levels")),
+    *(Case(Side(bits, "channel", group), width=24) for bits in (1, 3, 4, 8) for group in (1, 8, 24)),
+    Case(Side(3, "channel", 192, "levels", 2), width=192),
     Case(Side(5, "channel", 8), entries=1, width=40, batch=1, kv_heads=1),
     Case(Side(6, "token", 32), entries=32, width=40),
 )  # fmt: skip
@@ -80,6 +85,11 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
 
 def coded(x: torch.Tensor, side: Side) -> Packed:
     """x [B,K,S,D] in the code of `side`, by the definition."""
+    if side.outliers:
+        index = x.float().abs().topk(side.outliers, dim=-1).indices
+        return replace(
+            coded(x, replace(side, outliers=0)), outliers=(index.to(torch.int16), x.gather(-1, index).half())
+        )
     if side.code == "affine":
         return quantize(x, bits=side.bits, group=side.group, layout=side.layout)
     batch, heads, tokens, width = x.shape

@@ -14,7 +14,7 @@ import triton.language as tl
 from kvtool_kernels.codes import arguments, load_levels, load_scale
 from kvtool_kernels.packed import Layout, Packed
 from kvtool_kernels.packing.reference import planes
-from kvtool_kernels.quantize.reference import TOKEN_GROUPS
+from kvtool_kernels.quantize.reference import TOKEN_GROUPS, restored
 from kvtool_kernels.tiles import INTERPRETED, pad
 
 EVEN = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it rounds small numbers to the nearest integer, half to even
@@ -173,7 +173,7 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tens
             WIDTH=packed.width, GROUP=packed.group, TOKEN=packed.layout == "token", BITS=packed.bits, N=block, D=width,
             enable_fp_fusion=False,
         )  # fmt: skip
-    return out
+    return restored(out, packed)
 
 
 def _checked(x: torch.Tensor, group: int, layout: Layout) -> tuple[torch.Tensor, tuple[int, int, int, int]]:

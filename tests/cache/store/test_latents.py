@@ -93,7 +93,7 @@ def test_it_is_attention_over_decoded_entries(key: str, value: str, asked: list[
     assert asked == [ENTRIES]
 
 
-@pytest.mark.parametrize("name", ["kvquant", "ternary", "everything"])
+@pytest.mark.parametrize("name", ["ternary", "everything"])
 def test_what_kernels_cannot_read_comes_in_blocks(name: str, asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coded, "BLOCK", 64)
     agree(filled(KEYS[name], VALUES["joined"]), tokens=2, softcap=1.5)
