@@ -45,12 +45,14 @@ class Judge:
 
     def judged(self, plan: Plan) -> torch.Tensor:
         """KL, and by how much the loss of the true tokens is above the full cache's, on each text: fp64 [N,2]."""
-        found = []
-        for (prompt, fed, true), full in zip(self.texts, self.full, strict=True):
-            own = self._after(plan, prompt, fed)
-            loss = (full - own).gather(1, true[:, None])
-            found.append(torch.stack([(full.exp() * (full - own)).sum(-1).double().mean(), loss.double().mean()]))
-        return torch.stack(found)
+        return torch.stack([self.on(number, plan) for number in range(len(self.texts))])
+
+    def on(self, number: int, plan: Plan) -> torch.Tensor:
+        """As `judged`, on one of the texts: fp64 [2]."""
+        (prompt, fed, true), full = self.texts[number], self.full[number]
+        own = self._after(plan, prompt, fed)
+        loss = (full - own).gather(1, true[:, None])
+        return torch.stack([(full.exp() * (full - own)).sum(-1).double().mean(), loss.double().mean()])
 
     def divergences(self, plan: Plan) -> torch.Tensor:
         """KL on each text, fp64 [N]."""

@@ -15,6 +15,7 @@ dim, M draws.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,17 +56,26 @@ class View:
 
     def change(self, side: Side, encoding: Encoding, coded: torch.Tensor) -> torch.Tensor:
         """δ fp32 [H,T,D] when `coded` entries of this side are as the encoding gives them back."""
-        used = coded.any(0).nonzero().flatten()
-        if not len(used):
-            return torch.zeros_like(self.out)
-        low, high = int(used[0]), int(used[-1]) + 1  # whole blocks, since `coded` counts them so
-        x = self.k if side == "keys" else self.v
-        back = x.float().clone()
-        back[:, low:high] = _through(x[None, :, low:high], encoding, side, self.rotary, low)[0]
+        return changes([self], side, encoding, coded)[0]
+
+    def side(self, side: Side) -> torch.Tensor:
+        return self.k if side == "keys" else self.v
+
+    def after(self, side: Side, back: torch.Tensor, coded: torch.Tensor) -> torch.Tensor:
+        """δ when this side is `back` fp32 [K,S,D] where `coded`."""
         if side == "values":
-            return self._weighted(self.weights * coded, back - x.float())
+            return self._weighted(self.weights * coded, back - self.v.float())
         logits = torch.where(coded, _logits(self.q, back, self.call), _logits(self.q, self.k, self.call))
         return self._weighted(_softmax(logits, self.call) - self.weights, self.v)
+
+    def felt(self, coded: torch.Tensor) -> torch.Tensor:
+        """What an error of a logit of a coded entry costs: mean over draws, sum over tokens and entries of
+        (w_j g·(v_j − o))², the slope of log p in that logit, fp64 [K]; entries' errors taken to be unrelated."""
+        values = self.v.float()[:, None]  # [K,1,S,D]
+        gradient = self.gradient.unflatten(1, (len(self.v), -1))  # [M,K,G,T,D]
+        own = (gradient * self.out.unflatten(0, (len(self.v), -1))).sum(-1, keepdim=True)
+        slope = (gradient @ values.mT - own) * (self.weights * coded).unflatten(0, (len(self.v), -1))
+        return slope.double().square().sum((2, 3, 4)).mean(0)
 
     def _weighted(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """[H,T,S], [K,S,D] → [H,T,D]"""
@@ -83,8 +93,23 @@ class View:
         return squares / self.out.double().square().sum()
 
 
+def changes(views: Sequence[View], side: Side, encoding: Encoding, coded: torch.Tensor) -> list[torch.Tensor]:
+    """As `View.change`, of each of these layers, which are written as one with all their heads."""
+    used = coded.any(0).nonzero().flatten()
+    if not len(used):
+        return [torch.zeros_like(view.out) for view in views]
+    low, high = int(used[0]), int(used[-1]) + 1  # whole blocks, since `coded` counts them so
+    x = torch.cat([view.side(side)[None, :, low:high] for view in views], dim=1)
+    found = []
+    for view, own in zip(views, _through(x, encoding, side, views[0].rotary, low)[0].chunk(len(views)), strict=True):
+        back = view.side(side).float().clone()
+        back[:, low:high] = own
+        found.append(view.after(side, back, coded))
+    return found
+
+
 def _through(x: torch.Tensor, encoding: Encoding, side: Side, rotary: Rotary, first: int) -> torch.Tensor:
-    """x [1,K,S,D] from position `first` on, encoded and decoded again, fp32."""
+    """x [1,K,S,D], K of one layer or of several, from position `first` on, encoded and decoded again, fp32."""
     if side == "values" or encoding.rotated:
         return encoding.decode(encoding.encode(x), x.shape[-1]).float()
     table = rotary.table(torch.arange(first, first + x.shape[2], device=x.device))

@@ -33,10 +33,13 @@ from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.transforms import Join, Linear
 from kvtool.errors import InputError
 from kvtool.methods import _candidates as ways
+from kvtool.methods import _holding as hold
 from kvtool.methods import _weighing as weigh
 from kvtool.methods._base import Context, Decision, full_attention, share
 from kvtool.methods._candidates import Candidate
-from kvtool.methods._weighing import SIDES, Candidates, Errors, Windows
+from kvtool.methods._dealing import dealt
+from kvtool.methods._holding import SIDES, Candidates, Windows
+from kvtool.methods._weighing import Errors
 from kvtool.options import at_least
 from kvtool.slots import RAW, Store
 
@@ -87,7 +90,7 @@ def calibrate(context: Context, options: Options) -> Decision:
     parts = _factor(g.kv_heads)
     texts = weigh.samples(context, count=options.samples, tokens=options.tokens, steps=options.steps)
     candidates, effect, size = weigh.effects(
-        context, texts, options.windows, lambda met: _all(context, options, met, parts), options.draws
+        context, texts, options.windows, lambda met: _all(context, options, met.values, parts), options.draws
     )
     ledger, kl = (_ledger(errors, whole) for errors in (size, effect))
     last = {side: len(candidates[side]) - len(AXES) for side in SIDES}  # the two of the ledger come last
@@ -96,8 +99,8 @@ def calibrate(context: Context, options: Options) -> Decision:
     ratio = weigh.anchored(context, effect, candidates, texts, options.windows)
     bits = {side: weigh.bits(context, candidates[side]) for side in SIDES}
     error = {side: effect[side] * ratio[side][:, None, None] for side in SIDES}
-    choice, made = weigh.dealt(context, bits, error, ratio, 16 * options.budget, options.unit)
-    held = torch.stack([bits[side][choice[number]] for number, side in enumerate(SIDES)]) / 16  # [2,L,K]
+    choice, made = dealt(context, candidates, bits, error, ratio, 16 * options.budget, options.unit)
+    held = torch.stack([bits[side][choice.ways[number]] for number, side in enumerate(SIDES)]) / 16  # [2,L,K]
     evidence = {
         "ledger": ledger.sqrt().float(), "effect": kl.float(), "share": held.float(),
         **{f"error.{side}": error[side].float() for side in SIDES},
@@ -106,7 +109,7 @@ def calibrate(context: Context, options: Options) -> Decision:
         "keys": float(held[0][whole].mean()), "values": float(held[1][whole].mean()), "predicted": made.error,
         "ledger_share": 1 / parts,
     }  # fmt: skip
-    return Decision(None, evidence, facts, weigh.stored(context, candidates, choice, options.windows))
+    return Decision(None, evidence, facts, hold.stored(context, candidates, choice, options.windows))
 
 
 def _factor(heads: int) -> int:

@@ -30,10 +30,10 @@ from kvtool.encoding.fitted import Principal
 from kvtool.encoding.transforms import Join, Linear, Transform
 from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, share
-from kvtool.model import Geometry
+from kvtool.methods._spans import moments, spans
 from kvtool.options import at_least
 from kvtool.slots import RAW, Store
-from kvtool.statistics.cross_gram import REACH, joint
+from kvtool.statistics.cross_gram import REACH
 
 STATISTICS = ("gram", "cross-gram")
 MODEL = False
@@ -87,7 +87,7 @@ def calibrate(context: Context, options: Options) -> Decision:
         for row, (side, rank) in enumerate((("k_pre", options.rank_k), ("v", options.rank_v))):
             step: Transform
             if options.mode == "calibrated":
-                step, kept[row, span] = basis(_moments(context, side, span), len(span), rank, options.normalise)
+                step, kept[row, span] = basis(moments(context, side, span), len(span), rank, options.normalise)
             else:
                 count = max(1, round(rank * len(span) * g.kv_heads * g.head_dim))
                 step = Principal(count, len(span) if options.normalise else 1)
@@ -96,25 +96,6 @@ def calibrate(context: Context, options: Options) -> Decision:
     keys, values = zip(*pairs, strict=True) if pairs else ((), ())
     store = Store(tuple(keys), tuple(values), index, options.sink, options.recent, options.block, first)
     return Decision(store=store, evidence={"kept": kept} if options.mode == "calibrated" else {})
-
-
-def _moments(context: Context, side: str, span: list[int]) -> torch.Tensor:
-    """E[zᵀz] of a group's keys or values, [n·C,n·C]."""
-    own, cross = context.seen["gram"], context.seen["cross-gram"]
-    if not torch.equal(own["tokens"], cross["tokens"]):
-        raise InputError("gram and cross-gram have seen different texts", remedy="profile both at once")
-    return joint(own[side], cross[side], span[0], len(span)) / own["tokens"].clamp_min(1)
-
-
-def spans(g: Geometry, count: int) -> list[list[int]]:
-    """Runs of layers with full attention, cut into groups of `count` from the first on."""
-    found: list[list[int]] = []
-    for layer in (layer for layer in range(g.layers) if g.windows[layer] is None):
-        if found and found[-1][-1] == layer - 1 and len(found[-1]) < count:
-            found[-1].append(layer)
-        else:
-            found.append([layer])
-    return found
 
 
 def basis(moments: torch.Tensor, layers: int, rank: float, normalise: bool) -> tuple[Linear, float]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import count, product
 
 import pytest
 import torch
 
 from kvtool.errors import InputError
-from kvtool.measuring.allocation import allocate, hull
+from kvtool.measuring.allocation import Each, Either, Unit, Ways, allocate, corners, deal, hull
 from tests.tolerance import close
 
 SIZE = torch.tensor([4.0, 1.0, 2.0, 3.0, 3.0, 8.0]).double()
@@ -60,3 +60,59 @@ def test_steps_that_do_not_fit_are_passed_over() -> None:
 def test_a_budget_below_the_cheapest() -> None:
     with pytest.raises(InputError, match="below what the cheapest"):
         allocate([SIZE], [ERROR], 0.5)
+
+
+def leaves(draw: torch.Generator, names: count[int]) -> Ways:
+    size = torch.randint(1, 12, (3,), generator=draw).double()
+    return Ways(next(names), size, torch.rand(3, generator=draw).double() / size)
+
+
+def trees(seed: int) -> list[Unit]:
+    """Two groups of two layers with two leaves each, of which the second may be taken as one with two leaves, and the
+    first only if a pair within it, in turn, is not."""
+    draw, names = torch.Generator().manual_seed(seed), count()
+    pairs: list[Unit] = [Each((leaves(draw, names), leaves(draw, names))) for _ in range(3)]
+    nested = Either((Each((Either((pairs[0], leaves(draw, names))), leaves(draw, names))), leaves(draw, names)))
+    return [nested, Either((Each((pairs[1], pairs[2])), Each((leaves(draw, names), leaves(draw, names)))))]
+
+
+def choices(unit: Unit) -> list[tuple[float, float, dict[int, int]]]:
+    """Everything that may be chosen."""
+    if isinstance(unit, Ways):
+        points = zip(unit.size.tolist(), unit.error.tolist(), strict=True)
+        return [(size, error, {unit.name: way}) for way, (size, error) in enumerate(points)]  # type: ignore[dict-item]
+    if isinstance(unit, Either):
+        return [choice for part in unit.parts for choice in choices(part)]
+    found = []
+    for each in product(*map(choices, unit.parts)):
+        picks = {name: way for _, _, part in each for name, way in part.items()}
+        found.append((sum(size for size, _, _ in each), sum(error for _, error, _ in each), picks))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_other_choice_in_a_tree_errs_less_at_its_bytes(seed: int) -> None:
+    units = trees(seed)
+    every = choices(Each(tuple(units)))
+    whole = deal(units, 1e9)
+    for spent, total in whole.path.tolist():
+        assert total == pytest.approx(min(e for s, e, _ in every if s <= spent + 1e-9))
+    for budget in (whole.path[0, 0].item() + 2, whole.path[:, 0].mean().item()):
+        made = deal(units, budget)
+        same = [choice for choice in every if choice[2] == made.picks]
+        assert len(same) == 1  # what was picked is one of the choices, and weighs what it is said to
+        assert same[0][:2] == pytest.approx((made.spent, made.error))
+
+
+def test_a_shared_way_between_two_corners() -> None:
+    """Worth it where it lies below the line between what the parts can do, and not above it."""
+
+    def taken(error: float) -> list[bool]:
+        parts = [
+            Ways(name, torch.tensor([1.0, 3.0]).double(), torch.tensor([4.0, 0.0]).double()) for name in ("one", "two")
+        ]
+        shared = Ways("both", torch.tensor([3.0]).double(), torch.tensor([error]).double())
+        return ["both" in corner.picks for corner in corners(Either((Each((parts[0], parts[1])), shared)))]
+
+    assert taken(7.0) == [False, False]  # from 8 at 2 bytes straight down to 0 at 6
+    assert taken(5.0) == [False, True, False]

@@ -11,6 +11,7 @@ from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.base import Sample
 from kvtool.encoding.codecs import Affine, Raw
 from kvtool.encoding.encoding import Encoding
+from kvtool.encoding.transforms import Join, Linear
 from kvtool.measuring import effects
 from kvtool.measuring.divergence import Judge
 from kvtool.model import Model
@@ -31,12 +32,13 @@ CODES: dict[effects.Side, Encoding] = {
 BEFORE = Encoding(Affine(2, 8, "token"), rotated=False)
 
 
-def stored(model: Model, side: str, encoding: Encoding, layers: list[int]) -> Plan:
+def stored(model: Model, side: str, encoding: Encoding, layers: list[int], first: list[int] | None = None) -> Plan:
     """One side of these layers encoded, everything else as it is."""
+    spans = None if first is None else torch.tensor(first).int()
     index = torch.full((model.geometry.layers, model.geometry.kv_heads), RAW, dtype=torch.int32)
     index[layers] = 0
     pair = (encoding, Encoding()) if side == "keys" else (Encoding(), encoding)
-    return Plan("one", model.fingerprint, store=Store((pair[0],), (pair[1],), index, SINK, RECENT, BLOCK))
+    return Plan("one", model.fingerprint, store=Store((pair[0],), (pair[1],), index, SINK, RECENT, BLOCK, spans))
 
 
 def outputs(model: Model, plan: Plan, layer: int) -> torch.Tensor:
@@ -71,6 +73,42 @@ def test_a_change_is_what_decode_steps_compute(name: str, side: effects.Side, en
     assert float(change.abs().max()) > 1e-3
     expected = outputs(model, stored(model, side, encoding, [layer]), layer)
     close((view.out + change).transpose(0, 1).flatten(1), expected, torch.float32)
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_a_change_of_layers_that_are_written_as_one(side: effects.Side) -> None:
+    """The first layer puts nothing out, so that the second finds the entries that it would find anyway."""
+    model = models.build("llama")
+    model.network.to(torch.float64)
+    first: Any = model.attention_modules[0]
+    first.o_proj.weight.data.zero_()
+    width = 2 * model.geometry.kv_heads * model.geometry.head_dim
+    down = torch.linalg.qr(torch.randn(1, width, 12, generator=torch.Generator().manual_seed(0)))[0]
+    basis = Linear(down, down.mT.contiguous())
+    encoding = Encoding(Raw("float16"), (Join(2 * model.geometry.kv_heads), basis), rotated=side == "values")
+    seen = effects.views(model, SAMPLE, draws=1)
+    made = effects.changes([seen[0], seen[1]], side, encoding, seen[0].coded(SINK, RECENT, BLOCK))
+    plan = stored(model, side, encoding, [0, 1], [0, 0, 2])
+    for layer, change in enumerate(made):
+        assert float(change.abs().max()) > 1e-3
+        expected = outputs(model, plan, layer)
+        close((seen[layer].out + change).transpose(0, 1).flatten(1), expected, torch.float32)
+
+
+def test_what_an_error_of_a_logit_costs() -> None:
+    """Moving one logit moves log p by w·g·(v − o): here by finite differences."""
+    view = effects.views(models.double("llama"), SAMPLE, draws=2)[1]
+    coded = view.coded(SINK, RECENT, BLOCK)
+    step, total = 1e-5, torch.zeros(2, 6).double()
+    logits = view.weights.double().log()
+    values = view.v.double().repeat_interleave(3, 0)
+    for entry in coded.any(0).nonzero().flatten().tolist():
+        moved = logits.clone()
+        moved[:, :, entry] += step
+        change = (moved.softmax(-1) - logits.softmax(-1)) @ values / step
+        slope = (view.gradient.double() * change).sum(-1) * coded[:, entry]
+        total += slope.square().sum(-1)
+    close(view.felt(coded), total.mean(0).unflatten(0, (2, 3)).sum(1), torch.float32)
 
 
 def test_nothing_encoded_nothing_changed() -> None:
