@@ -25,7 +25,7 @@ def check(plan: Plan) -> None:
         plan.read.check(plan.keep)
     rules = (
         counted, across_layers, across_layers_read, across_heads, followed, demoted, joined_by_age, step_by_step,
-        while_the_prompt_comes, bounded, fed_again, in_one_latent,
+        while_the_prompt_comes, bounded, fed_again, in_one_latent, gone_on,
     )  # fmt: skip
     for rule in rules:
         conflict = rule(plan)
@@ -185,5 +185,30 @@ def in_one_latent(plan: Plan) -> Conflict:
         return (
             "keys are written together with values, but entries also with age, as dropped ones or across layers",
             "compose with a plan that does one of these",
+        )
+    return None
+
+
+def gone_on(plan: Plan) -> Conflict:
+    """Layers that not all of a prompt reaches hold entries that stand apart, and no two layers the same."""
+    keep = plan.keep
+    if keep is None or keep.onward is None or not keep.leaving:
+        return None
+    reached = (keep.onward.budget[:, 0] == 1).cumprod(0).bool()
+    windows = torch.tensor([window is not None for window in plan.model.get("windows", [])], dtype=torch.bool)
+    if not bool((keep.full.all(1) | reached).all()) or bool((windows & ~reached[: len(windows)]).any()):
+        return (
+            "tokens leave the forward, but layers behind have windows, which count neighbours",
+            "compose with a plan that keeps no window there; models whose layers have windows cannot be served so",
+        )
+    if keep.position != "original" or (keep.select is not None and keep.select.on_trial):
+        return (
+            "tokens leave the forward, but positions are counted inside the cache, or the prompt is scored on trial",
+            "compose with a plan of position=original whose own queries score",
+        )
+    if plan.slots["read"] or (plan.store is not None and plan.store.spans):
+        return (
+            "tokens leave the forward, but layers are written as one, or queries choose among entries",
+            "compose with a plan that reads everything and stores layers apart",
         )
     return None

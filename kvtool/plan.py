@@ -47,7 +47,8 @@ class Plan:
     @property
     def dense(self) -> bool:
         """Does every layer see a prompt that is fed at once whole?"""
-        return (self.keep is None or not bool(self.keep.gone.any())) and (self.read is None or not self.read.sparse)
+        kept = self.keep is None or not (bool(self.keep.gone.any()) or self.keep.leaving)
+        return kept and (self.read is None or not self.read.sparse)
 
     @property
     def foretold(self) -> bool:

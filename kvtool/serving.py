@@ -39,6 +39,16 @@ class Attention:
     given: Mapping[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # see `Step` of the cache
 
 
+class Session(Cache):
+    """A cache that is told when a forward of the network begins, by how many columns, and that it is over."""
+
+    def begin(self, tokens: int) -> None:
+        """A forward of so many columns begins."""
+
+    def end(self) -> None:
+        """It is over, by an error perhaps."""
+
+
 class Layer(CacheLayerMixin):
     """A cache layer that takes over its layer's attention. Final classes implement `attend` and `get_seq_length`."""
 
@@ -98,7 +108,15 @@ _fed: ContextVar[torch.Tensor | None] = ContextVar("_fed", default=None)
 
 
 def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _fed.set(kwargs.get("input_ids", args[0] if args else None))
+    tokens, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
+    _fed.set(tokens)
+    if isinstance(cache, Session):
+        cache.begin((kwargs["inputs_embeds"] if tokens is None else tokens).shape[1])
+
+
+def _over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if isinstance(cache := kwargs.get("past_key_values"), Session):
+        cache.end()
 
 
 @contextlib.contextmanager
@@ -114,11 +132,15 @@ def served(network: Any) -> Iterator[None]:
             _fed.set(fed)
         return
     network.set_attn_implementation("kvtool")
-    hook = network.base_model.register_forward_pre_hook(_note, with_kwargs=True)
+    hooks = (
+        network.base_model.register_forward_pre_hook(_note, with_kwargs=True),
+        network.base_model.register_forward_hook(_over, with_kwargs=True, always_call=True),
+    )
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         network.set_attn_implementation(before)
         _fed.set(None)
 

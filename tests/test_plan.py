@@ -27,7 +27,7 @@ from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import same
 
-GOLDEN = "6982ea7a17886c79e04ee5573610e3f4d74f958a8536962cb955774ca425bc6c"
+GOLDEN = "7e533e501a2652e8b2eda564ec5016d24dd11b18363e1dc1369046f1bd9e0261"
 
 
 def small() -> Plan:

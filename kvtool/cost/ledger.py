@@ -150,6 +150,7 @@ def depends(plan: Plan | None) -> list[str]:
         found += ["keep.select.mass"] * (select.mass > 0) + ["keep.select.least"] * (select.least > 0)
         found += ["keep.select.spread"] * (select.rule("spread").LEVEL == "model")
         found += ["keep.select.pick"] * (select.rule("pick").RAGGED and not select.lossless)
+    found += ["keep.onward"] * (plan is not None and plan.keep is not None and plan.keep.leaving)
     read = None if plan is None else plan.read
     if read is not None and not read.lossless:
         found += ["read.cut"] * (read.cut is not None) + ["read.jump"] * (read.jump is not None)

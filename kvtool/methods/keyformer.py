@@ -53,7 +53,7 @@ def at(budget: float) -> dict[str, Any]:
 
 
 def calibrate(context: Context, options: Options) -> Decision:
-    recent = options.keep * options.recent
+    recent = options.keep * options.recent if options.keep <= 1 else int(options.keep * options.recent)
     leaving: dict[str, Any] = {"pick": "distance", "settings": {"distance": 0}} if options.mode == "code" else {}
     keep = thinned(
         context, options.keep, observe="all", score="gumbel", reduce="sum", temperature=options.tau_init,

@@ -7,8 +7,10 @@ Li et al., arXiv 2404.14469, NeurIPS 2024.
 
 Decoded entries are all kept. The score is taken once, from the prompt's own last queries, so a question that comes
 later finds only what this prompt's end asked for. The released code scores each query head and copies the cache to all
-of them; here a KV head keeps one set, chosen by the mean over its group, which is what the bytes pay for. Defaults are
-the paper's (w 32, kernel 5, max pooling) with the budget as a share of the prompt.
+of them; here a KV head keeps one set, chosen by the mean over its group, which is what the bytes pay for. It pools what
+stands before the window alone; here the window's entries take part, so that the ⌊kernel/2⌋ before it have their scores.
+Published settings differ: the code's own are w 32 and a mean over 5, those shipped for long texts w 32 and a maximum
+over 7. The defaults are w 32 and a maximum over 5, with the budget as a share of the prompt.
 
 `observe=answer` is ours, and no method but a bound for them: the queries that score are those of the answer itself,
 teacher-forced, which only a measurement on known answers can have (`kvtool/cache/keep/passes.py`). What the prompt's

@@ -9,28 +9,33 @@ Xiong et al., arXiv 2410.03090.
     at decode steps each head stays at its size, by the attention of the w newest queries;   memory 2·b·d·L·K·B
 
     stages: E_l the entropy of layer l's hidden states (statistic `state-entropy`); a stage begins where E falls by more
-    than `fall` nats; the mean B of a layer falls in equal steps from stage to stage, to late · B in the last one
+    than `fall` nats; the mean B of a layer falls in equal steps from stage to stage, to late · B in the last one;
+    of a prompt's tokens those go on to the next stage that its last w queries attend to most in the layer before, mean
+    over heads: their share falls in equal steps too, from all in the first stage to `reach` in the last one
 
 Two groups are published most; of an odd number of heads the upper group is the larger. With low = 0.25 and B = 64 the
 budgets are 16 and 112, those of the released script at its smallest; at 512 it has 384 and 768 (low = 0.67), while its
 comment says otherwise. It also knows 4, 8 and 32 groups, whose budgets are not known here: the equal steps are ours.
 The paper ranks query heads and copies the cache to all of them; here a KV head keeps one set.
 
-Published are stages for 32 layers, as constants, and that they begin where E falls by more than 1. There the prompt's
-tokens are dropped from the hidden states between stages, so that later layers hold fewer; by how many is not known
-here, and the equal steps to `late` are ours. Here later layers hold fewer too, but the prompt itself is read whole,
-which changes nothing in its own states and saves no time. Without `stages`, the default, all layers have the mean B.
+Published are stages for 32 layers, as constants, that they begin where E falls by more than 1, and that between stages
+tokens are dropped from the prompt's hidden states by the attention of its last queries. How many are dropped, and how
+much less later layers hold, is not known here: the equal steps to `reach` and `late` are ours, and so are pooling that
+choice as the other one is, and the mean over heads. Without `stages`, the default, all layers have the mean B; with
+reach = 1 the prompt is read whole, which saves no time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from kvtool.errors import InputError
 from kvtool.methods._base import Context, Decision, odd, per_kv_head, share, thinned
 from kvtool.options import at_least
+from kvtool.slots import Select
 from kvtool.statistics.query_entropy import rising
 
 STATISTICS = ("query-entropy", "state-entropy")
@@ -44,7 +49,8 @@ class Options:
     there are heads at most. window: last queries that score, whose entries always stay. kernel: neighbours that are
     pooled. pool: max, mean or none. decode: evict at every step, or append. stages: layers behind a fall of their
     states' entropy keep less. fall: in nats, what begins a stage. late: budget of the last stage's layers, a share of
-    the mean."""
+    the mean. reach: share of the prompt's tokens that go through the last stage's layers at all, under stages; 1: the
+    prompt is read whole."""
 
     budget: float = 0.25
     low: float = 0.25
@@ -56,6 +62,7 @@ class Options:
     stages: bool = False
     fall: float = 1.0
     late: float = 0.5
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
         at_least(1, self, "window")
@@ -63,6 +70,8 @@ class Options:
         odd(self.kernel, "kernel")
         share(self.low, "low")
         share(self.late, "late")
+        if not 0 < self.reach <= 1 or (self.reach < 1 and not self.stages):
+            raise InputError("bad option reach", got=self.reach, expected="a share above 0, and stages=true below 1")
         at_least(0, self, "fall")
 
 
@@ -82,11 +91,14 @@ def calibrate(context: Context, options: Options) -> Decision:
     votes = (seen["places"] / texts) @ group.double()
     ranked = votes + 1e-6 * entropy  # which decides between heads with as many votes
     facts: dict[str, Any] = {}
+    evidence = {"entropy": (seen["entropy"] / texts).float(), "votes": votes.float()}
     means = [options.budget] * len(ranked)
     if options.stages:
         states = context.seen["state-entropy"]
-        facts["stages"] = stages((states["entropy"] / states["sequences"].clamp_min(1)).tolist(), options.fall)
+        evidence["states"] = (states["entropy"] / states["sequences"].clamp_min(1)).float()
+        facts["stages"] = stages(evidence["states"].tolist(), options.fall)
         means = falling(options.budget, options.late, facts["stages"], len(ranked))
+        facts["reach"] = reaching(options.reach, facts["stages"], len(ranked))
     sizes = group.bincount().tolist()
     by_place = torch.tensor([caps(mean, options.low, sizes) for mean in means])[:, group]
     budget = torch.stack([places[rising(row).argsort()] for row, places in zip(ranked, by_place, strict=True)])
@@ -95,7 +107,8 @@ def calibrate(context: Context, options: Options) -> Decision:
         recent=options.window, minimum=options.window, history=options.window if options.decode == "evict" else 0,
         when="step" if options.decode == "evict" else "prefill", decay=0.0,
     )  # fmt: skip
-    evidence = {"entropy": (seen["entropy"] / texts).float(), "votes": votes.float()}
+    if options.stages and options.reach < 1:
+        keep = replace(keep, onward=onward(facts["reach"], kv_heads, options))
     facts["budgets"] = caps(options.budget, options.low, sizes)
     return Decision(keep, evidence, facts)
 
@@ -111,6 +124,20 @@ def falling(budget: float, late: float, first: list[int], layers: int) -> list[f
     sizes = [end - start for start, end in zip(first, [*first[1:], layers], strict=True)]
     each = caps(budget, late, sizes[::-1])[::-1]
     return [min(mean, most) for mean, size in zip(each, sizes, strict=True) for _ in range(size)]
+
+
+def reaching(reach: float, first: list[int], layers: int) -> list[float]:
+    """The share of a prompt's tokens that goes through each layer, of stages that begin at these layers."""
+    each = [1 - (1 - reach) * stage / max(1, len(first) - 1) for stage in range(len(first))]
+    return [each[sum(layer >= start for start in first) - 1] for layer in range(layers)]
+
+
+def onward(reach: list[float], kv_heads: int, options: Options) -> Select:
+    """Which tokens go on, of so many that reach each layer."""
+    budget = torch.tensor(reach)[:, None].expand(-1, kv_heads).clone()
+    return Select(
+        budget, observed=options.window, recent=options.window, pool=options.pool, kernel=options.kernel, alike=True
+    )
 
 
 def groups(heads: int, count: int) -> torch.Tensor:

@@ -170,6 +170,9 @@ class Keep(Record):
     select: scored eviction in the heads that the window leaves whole.
     dropped: uint8 [L]; a layer of 1 attends to nothing, in prefill too, and holds nothing (LLM-Drop): what its
         attention puts out is 0 before the output projection.
+    onward: which of a prompt's tokens go on through the network (UNComp): `budget` says how many reach each layer, as a
+        share of the prompt or a count, and never more than reached the one before; they are chosen by the attention of
+        the layer before, all heads together. The others are in no later layer's forward, nor in its cache.
     """
 
     sink: torch.Tensor
@@ -179,8 +182,11 @@ class Keep(Record):
     position: Literal["original", "reindex", "reencode"] = "original"
     select: Select | None = None
     dropped: torch.Tensor | None = None
+    onward: Select | None = None
 
     def __post_init__(self) -> None:
+        if self.onward is not None:
+            _check_onward(self.onward)
         if self.position == "reencode" and (self.select is None or not self.select.by_tokens):
             raise InputError(
                 "tokens are fed again where every head of every layer drops the same ones",
@@ -212,8 +218,14 @@ class Keep(Record):
         return torch.zeros(len(self.recent), dtype=torch.bool) if self.dropped is None else self.dropped.bool()
 
     @property
+    def leaving(self) -> bool:
+        """Do tokens of a prompt leave the forward?"""
+        return self.onward is not None and not self.onward.lossless
+
+    @property
     def lossless(self) -> bool:
-        return bool(self.full.all() & ~self.gone.any()) and (self.select is None or self.select.lossless)
+        whole = bool(self.full.all() & ~self.gone.any()) and not self.leaving
+        return whole and (self.select is None or self.select.lossless)
 
     def then(self, other: Keep) -> Keep | None:
         """The layers that one of them drops, and what the other keeps in the rest; None if both do more than drop."""
@@ -227,3 +239,14 @@ class Keep(Record):
         rows = torch.stack([self.sink[layer], self.recent[layer], self.compensate[layer].int()])
         selected = self.select is not None and not self.select.lossless and not self.select.alike
         return bool((rows != rows[:, :1]).any()) or selected
+
+
+def _check_onward(spec: Select) -> None:
+    """Raise InputError unless a selection can say which tokens go on."""
+    plain = spec.alike and spec.when == "prefill" and spec.merge == "drop" and not (spec.ragged or spec.on_trial)
+    if not plain or spec.recent < 1 or bool(spec.budget[0, 0] != 1):
+        raise InputError(
+            "bad choice of the tokens that go on", got=f"budgets {spec.budget[:, 0].tolist()}, recent {spec.recent}",
+            expected="one choice for all heads, made once, by a spread and a pick that keep to their budgets: all of "
+            "the prompt in the first layer, and its last token in every other (recent >= 1)",
+        )  # fmt: skip

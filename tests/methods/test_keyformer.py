@@ -51,3 +51,12 @@ def test_what_leaves_the_window_is_lost_as_released() -> None:
         held = torch.cat([k, random(1, K, 1, D) * 0.01], 2)
         index = step(made, q, held, 9)
         same(index[0, 0], torch.tensor([at for at in range(9) if at != place]))
+
+
+def test_less_than_one_recent_entry_is_none_and_no_share_of_the_prompt() -> None:
+    """3 entries, 0.9 of which would be recent: the best three stay, not the newest."""
+    made = lane(select("keyformer", keep=3, recent=0.3))
+    k = torch.zeros(1, K, 60, D)
+    k[..., [10, 20, 30], :] = 6.0
+    kept = prompted(made, torch.ones(1, H, 60, D), k)
+    same(kept, torch.tensor([10, 20, 30]).expand(1, K, -1))

@@ -9,9 +9,10 @@ import torch
 
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
+from kvtool.errors import InputError
 from kvtool.methods import uncomp as uncomp_
 from kvtool.methods._base import Context
-from kvtool.methods.uncomp import caps, falling, groups, stages
+from kvtool.methods.uncomp import caps, falling, groups, reaching, stages
 from kvtool.model import Model
 from kvtool.plan import Plan
 from tests import models
@@ -115,11 +116,16 @@ def test_later_stages_keep_less_and_the_mean_is_the_budget(first: list[int], bud
         assert made[-1] == pytest.approx(0.5 * budget if len(first) > 1 else budget)
 
 
-def test_layers_behind_a_collapse_of_states_keep_less() -> None:
+def collapsing() -> Model:
     """Planted: layer 1 writes along one direction, far more than stands there, so that all states point one way."""
     model = models.build("llama")
     weight = model.network.model.layers[1].mlp.down_proj.weight.data
     weight[1:], weight[0] = 0.0, 1e4 * weight[0]
+    return model
+
+
+def test_layers_behind_a_collapse_of_states_keep_less() -> None:
+    model = collapsing()
     made = uncomp(model, budget=40, stages=True, decode="append")
     assert made.provenance["facts"]["stages"] == [0, 1]
     cache = SegmentCache(model, made)
@@ -134,3 +140,30 @@ def test_layers_behind_a_collapse_of_states_keep_less() -> None:
     assert plain.keep.select is not None
     assert plain.keep.select.budget.mean(1).tolist() == [40, 40, 40]
     assert "stages" not in plain.provenance["facts"]
+
+
+@pytest.mark.parametrize(
+    ("first", "shares"), [([0], [1.0] * 4), ([0, 2], [1, 1, 0.4, 0.4]), ([0, 1, 3], [1, 0.7, 0.7, 0.4])]
+)
+def test_shares_fall_in_equal_steps_from_stage_to_stage(first: list[int], shares: list[float]) -> None:
+    assert reaching(0.4, first, 4) == pytest.approx(shares)
+
+
+def test_tokens_leave_the_prompt_behind_a_collapse_of_states() -> None:
+    """Half of 120 tokens reach layers 1 and 2, which keep an eighth of the prompt as they would if all had come: a
+    quarter of that in one head, or the window of 8, and seven quarters in the other."""
+    model = collapsing()
+    made = uncomp(model, budget=0.25, stages=True, reach=0.5, decode="append")
+    assert made.provenance["facts"]["reach"] == [1.0, 0.5, 0.5]
+    assert not made.dense
+    cache = SegmentCache(model, made)
+    logits = feed(model, cache, random_ids(1, 126, seed=5), [120, *[1] * 6])
+    assert logits.shape[1] == 60 + 6
+    assert bool(torch.isfinite(logits).all())
+    assert (cache.entries() - 6).sort(1).values.tolist() == [[15, 105], [8, 26], [8, 26]]
+
+
+def test_a_prompt_without_stages_is_read_whole(llama: Model) -> None:
+    with pytest.raises(InputError, match="reach"):
+        uncomp(llama, reach=0.5)
+    assert uncomp(llama, stages=True).dense
