@@ -72,6 +72,14 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return list(found.values())
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Would a file hold the same of both?"""
+    tensors: tuple[Tensors, Tensors] = ({}, {})
+    mine, theirs = (dump(value, "value", found) for value, found in zip((one, other), tensors, strict=True))
+    same = mine == theirs and tensors[0].keys() == tensors[1].keys()
+    return same and all(torch.equal(x, tensors[1][name]) for name, x in tensors[0].items())
+
+
 def settled(value: Any) -> Any:
     """`value` as a file would give it back: with tensors of its own, laid out in order."""
     found: Tensors = {}

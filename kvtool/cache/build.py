@@ -11,6 +11,7 @@ from kvtool.cache.keep.selector import Selector
 from kvtool.cache.keep.thinned import Thinned
 from kvtool.cache.lane import Lane
 from kvtool.cache.nothing import Nothing
+from kvtool.cache.onward import Onward
 from kvtool.cache.read.board import Board
 from kvtool.cache.read.reader import Place, Reader
 from kvtool.cache.read.sparse import Sparse
@@ -44,7 +45,8 @@ def per_row(plan: Plan | None) -> bool:
     """Do rows of a batch come to hold different numbers of entries, or entries encoded for them alone?"""
     spec = plan.keep.select if plan is not None and plan.keep is not None else None
     fitted = plan is not None and plan.store is not None and plan.store.fits
-    return fitted or (spec is not None and spec.ragged and not spec.lossless)
+    leaving = plan is not None and plan.keep is not None and plan.keep.leaving
+    return fitted or leaving or (spec is not None and spec.ragged and not spec.lossless)
 
 
 def sparse(model: Model, plan: Plan | None, layer: int, prompt_length: int | None, board: Board) -> Sparse | None:
@@ -53,6 +55,13 @@ def sparse(model: Model, plan: Plan | None, layer: int, prompt_length: int | Non
     if spec is None or not spec.runs(layer):
         return None
     return Sparse(spec, layer, prompt_length, model.rotary(layer), board)
+
+
+def onward(model: Model, plan: Plan | None, prompt_length: int | None) -> Onward | None:
+    """What chooses the tokens of a prompt that later layers run for, if not all."""
+    if plan is None or plan.keep is None or plan.keep.onward is None or not plan.keep.leaving:
+        return None
+    return Onward(model, plan.keep.onward, prompt_length)
 
 
 def _policy(plan: Plan | None, layer: int, head: int, window: int | None, prompt_length: int) -> tuple[Any, ...]:

@@ -21,8 +21,11 @@ from dataclasses import replace
 import torch
 
 from kvtool.cache.lane import Lane, Partial, Step, blank
+from kvtool.cache.read.board import Board
 from kvtool.cache.read.reader import Reader
 from kvtool.cache.segments import Dense, Segment
+from kvtool.cache.share.folding import joined
+from kvtool.cache.share.grafted import Grafted
 from kvtool.cache.share.shared import Shared
 from kvtool.cache.store.coded import Coded
 from kvtool.cache.store.pool import Member
@@ -62,7 +65,7 @@ class Bulk(Lane):
         self.encodings, self.rotary, self.older, self.held = (key, value), rotary, older, limits
         self.reader, self.member = reader, member
         if reader is not None:
-            reader.places.of = self._bulk_positions
+            reader.places.of = self._places
         self.sinks, self.recent = Dense(), Dense()
         self.queries: list[torch.Tensor] = []  # those that an encoding fits itself to, until the prompt's end
         self.watched: list[int] = []  # how many of the newest each looks at
@@ -105,14 +108,14 @@ class Bulk(Lane):
         return q.unflatten(1, (len(self.heads), -1)).flatten(2, 3)
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
-        pieces = self._pieces(k.shape[2]) if step.strict else [k.shape[2]]
+        pieces = self.pieces(k.shape[2]) if step.strict else [k.shape[2]]
         if len(pieces) == 1:
             return self._one(q, k, v, step)
         cut = zip(q.split(pieces, 2), k.split(pieces, 2), v.split(pieces, 2), step.split(pieces), strict=True)
         outs = [self._one(*parts) for parts in cut]
         return torch.cat([out for out, _ in outs], dim=2), torch.cat([lse for _, lse in outs], dim=2)
 
-    def _pieces(self, tokens: int) -> list[int]:
+    def pieces(self, tokens: int) -> list[int]:
         """The tokens of a chunk, cut where a block moves; one by one if each chooses what it reads."""
         if self.block is None or not self.finished:
             return [tokens]
@@ -154,10 +157,19 @@ class Bulk(Lane):
         if self.reader is not None:
             self.reader.receive(q, k, step, self.recent.keys())
         self.origin = step.origin
+        if self.positions is None and step.places is not None and self._placed:
+            self.positions = torch.zeros(*k.shape[:2], 0, dtype=torch.long, device=k.device)
         if self.positions is not None:
-            new = torch.arange(self.fed, self.fed + k.shape[2], device=k.device)
-            self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], -1)], dim=2)
-        self.fed += k.shape[2]
+            new = torch.arange(self.fed, self.fed + k.shape[2]) if step.places is None else step.places
+            new = new.to(k.device).expand(*self.positions.shape[:2], -1)
+            self.positions = torch.cat([self.positions, new], dim=2)
+        self.fed = self.fed + k.shape[2] if step.places is None else step.end(k.shape[2])
+
+    @property
+    def _placed(self) -> bool:
+        """Must it be known where entries stand that do not follow one another?"""
+        key = self.encodings[0]
+        return (key is not None and not key.rotated) or (self.reader is not None and self.reader.places.wanted)
 
     def _most(self) -> int | None:
         """How many entries there will be at most, where that is known."""
@@ -171,18 +183,16 @@ class Bulk(Lane):
 
     def _attend_before(self, q: torch.Tensor, step: Step, out: Partial) -> Partial:
         """`out`, merged with attention over everything that is not recent."""
-        if self.bulk.length:
-            if self.reader is not None and q.shape[2] == 1:
-                out = merge(self.reader.attend(q, self.bulk, step), out)
-            else:
-                out = merge(self.bulk.attend(self.bulk.faced(q, step), step), out)
-        if self.sinks.length:
-            if self.reader is not None and self.bulk.length and q.shape[2] == 1:
-                out = merge(self.reader.before(q, self.sinks, step), out)
-            else:
-                out = merge(self.sinks.attend(q, step), out)
-        for segment in self.shared:
-            out = merge(segment.attend(q, step), out)
+        reader = self.reader if q.shape[2] == 1 and self.bulk.length else None
+        if reader is not None:
+            out = merge(reader.attend(q, self.bulk, step), out)
+        elif self.bulk.length:
+            out = merge(self.bulk.attend(self.bulk.faced(q, step), step), out)
+        before: list[Shared | Segment] = [self.sinks, *self.shared]  # of which a reader's are all sinks
+        for segment in before:
+            if segment.length:
+                part = segment.attend(q, step) if reader is None else reader.before(q, segment, step)
+                out = merge(part, out)
         return out
 
     def trial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
@@ -212,7 +222,8 @@ class Bulk(Lane):
         return self.reader is not None and self.reader.watches
 
     def branch(self) -> Bulk:
-        """Full sinks and the bulk are shared, and recent entries too where no block leaves them."""
+        """Full sinks and the bulk are shared, and recent entries too where no block leaves them. What is chosen from
+        stays one bulk, which goes on behind what is shared."""
         changes = self._changes()
         if changes is not None:
             raise InputError(
@@ -229,21 +240,29 @@ class Bulk(Lane):
         if isinstance(self.bulk, Coded):
             made.encodings = (self.bulk.key, self.bulk.value)
         made.bulk, made.shared = made._fresh(), [copy.copy(shared) for shared in self.shared]
-        parts = [self.recent] if self.block is None else [self.sinks, self.bulk] if self._lacking() == 0 else []
+        held = self.bulk if isinstance(self.bulk, Grafted) else None
+        bulk = self.bulk if held is None else held.own
+        grafts = [] if held is None else [shared.again() for shared in held.shared]
+        parts = [self.recent] if self.block is None else [self.sinks, bulk] if self._lacking() == 0 else []
         first = 0
         for part in parts:
             if part.length:
                 places = None if self.positions is None else self.positions[:, :, first : first + part.length]
                 places = None if places is None else places + self.origin
-                made.shared.append(Shared(part, len(self.heads), self._ahead() + first + self.origin, places))
+                shared = Shared(part, len(self.heads), self._ahead() + first + self.origin, places)
+                (grafts if part is bulk and self.reader is not None else made.shared).append(shared)
             first += part.length
         if self.positions is not None:
             made.positions = self.positions[:, :, first:].clone()
         for name in ("sinks", "recent"):
-            held, own = getattr(self, name), Dense()
-            if held not in parts and held.length:
-                own.append(*held.recall())
+            mine, own = getattr(self, name), Dense()
+            if mine not in parts and mine.length:
+                own.append(*mine.recall())
             setattr(made, name, own)
+        if self.reader is not None:
+            made.reader = self.reader.branch()
+            made.reader.places.of = made._places
+            made.bulk = Grafted(grafts, made.bulk) if grafts else made.bulk
         return made
 
     def aside(self) -> Bulk:
@@ -253,11 +272,18 @@ class Bulk(Lane):
         made.reader = self.reader.aside()
         return made
 
+    def meet(self, board: Board) -> None:
+        """From now on, tell other layers of the same cache, and be told by them, here."""
+        if self.reader is not None:
+            self.reader.place = replace(self.reader.place, board=board)
+
     def _changes(self) -> tuple[str, str] | None:
         """What later tokens do to entries that others might share, and the plan's part in it."""
         if self.older:
             return "encode again", "encodes entries again with age"
-        return None if self.reader is None else ("choose from", "reads selectively")
+        if self.reader is not None and self.reader.index is not None and not self.reader.index.shareable:
+            return "make an index of anew", "looks for what it reads in an index of all that is held"
+        return None
 
     def _move(self) -> None:
         """Sinks first, then whole blocks into the bulk."""
@@ -283,7 +309,15 @@ class Bulk(Lane):
 
     def _ahead(self) -> int:
         """Shared entries."""
-        return sum(segment.length for segment in self.shared)
+        grafted = self.bulk.before if isinstance(self.bulk, Grafted) else 0
+        return sum(segment.length for segment in self.shared) + grafted
+
+    def settle(self) -> None:
+        """The prompt is in: what still waits for its end goes on."""
+        if not self.finished:
+            self.finish()
+        if self.reader is not None:
+            self.reader.settle(self.bulk)
 
     def finish(self) -> None:
         """The prompt is in."""
@@ -307,6 +341,17 @@ class Bulk(Lane):
         held = torch.arange(low, high) + self._ahead() if self.positions is None else self.positions[:, :, low:high]
         return held + self.origin
 
+    def _places(self, low: int, high: int) -> torch.Tensor:
+        """The same for a reader, to whom what is shared is the bulk's beginning, and sinks are below 0."""
+        sinks = self.sinks.length + sum(segment.length for segment in self.shared)
+        if self.positions is None:
+            return torch.arange(low + sinks, high + sinks) + self.origin
+        pieces = [*self.shared, *(self.bulk.shared if isinstance(self.bulk, Grafted) else ())]
+        held = [piece.places().expand(1, len(self.heads), -1) for piece in pieces]
+        return joined([*(x.to(self.positions.device) for x in held), self.positions + self.origin])[
+            :, :, low + sinks : high + sinks
+        ]
+
     def recall(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         parts = [segment.recall() for segment in self._everything() if segment.length]
         width = max(k.shape[-1] for k, _ in parts)  # of keys that meet more than the query: others meet no more of it
@@ -329,7 +374,7 @@ class Bulk(Lane):
             yield from self.reader.buffers()
 
     def entries(self) -> int:
-        return self._ahead() + sum(segment.length for segment in self._segments())
+        return sum(shared.length for shared in self.shared) + sum(segment.length for segment in self._segments())
 
     @property
     def listed(self) -> bool:

@@ -55,6 +55,10 @@ class Step:
         each = [None] * len(pieces) if self.tokens is None else self.tokens.split(pieces, 1)
         return [replace(self, start=start, tokens=tokens) for start, tokens in zip(starts, each, strict=True)]
 
+    def end(self, count: int) -> int:
+        """Tokens seen once `count` more are."""
+        return self.start + count if self.places is None else int(self.places[-1]) + 1
+
     def positions(self, count: int) -> torch.Tensor:
         """Those of `count` queries, int64 [T]."""
         places = torch.arange(self.start, self.start + count) if self.places is None else self.places

@@ -13,10 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from transformers.cache_utils import Cache
 
 from kvtool import conflicts
-from kvtool.cache.build import lanes, per_row, sparse
+from kvtool.cache.build import lanes, onward, per_row, sparse
 from kvtool.cache.keep.again import feed_again
 from kvtool.cache.keep.passes import answer
 from kvtool.cache.keep.rebuild import rebuild
@@ -28,12 +27,13 @@ from kvtool.cache.segment_layer import SegmentLayer
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
+from kvtool.serving import Session
 from kvtool.slots import Select
 
 Protocol = Literal["official", "strict"]
 
 
-class SegmentCache(Cache):
+class SegmentCache(Session):
     """A fresh cache for one batch.
 
     plan None is the full cache. `protocol` says what prefill sees: all of its own chunk, compressed only afterwards
@@ -65,24 +65,8 @@ class SegmentCache(Cache):
             self._check(prefix)
         elif plan is not None:
             plan.check(model.fingerprint)
-            conflicts.check(plan)
-            if plan.store is not None and plan.store.spans and protocol == "strict":
-                raise InputError(
-                    "layers that are written as one wait for the last of them: no chunk can see its own entries coded",
-                    remedy="use the protocol official",
-                )
-            if plan.store is not None and plan.store.rest is not None and self._spec is None:
-                raise InputError("dropped entries would be held in a lower encoding, but no selection drops any",
-                                 remedy="compose with a plan that selects")  # fmt: skip
-            shared = plan.keep is not None and bool(plan.keep.recent_ratio) and not bool(plan.keep.full.all())
-            spec = None if plan.keep is None else plan.keep.select
-            parts = spec is not None and (bool((spec.budget <= 1).any()) or 0 < spec.recent < 1)
-            early = spec is not None and spec.when == "chunk" and parts
-            if early and prompt_length is None:
-                raise InputError("this plan's budget is a share of a prompt that is not all in when entries go",
-                                 remedy="pass prompt_length=<tokens>")  # fmt: skip
-            if shared and prompt_length is None:
-                raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
+            self._check_plan(plan)
+        self.onward = onward(model, plan, prompt_length)
         self.finished = prefix is not None or not self._waits
         self.board, self.fed_again = Board(), 0  # tokens that the network was fed again behind what was dropped
         board = self.board
@@ -97,6 +81,8 @@ class SegmentCache(Cache):
                 filled=lambda layer: self._filled(layer, prompt_length),
                 done=self._done if index == model.geometry.layers - 1 else lambda: None,
                 sparse=sparse(model, plan, index, prompt_length, board),
+                onward=self.onward,
+                index=index,
             )
             for index in range(model.geometry.layers)
         ]
@@ -104,7 +90,33 @@ class SegmentCache(Cache):
         super().__init__(layers=list(layers))
         if prefix is not None:
             for mine, theirs in zip(self.segments, prefix.segments, strict=True):
-                mine.follow(theirs)
+                mine.follow(theirs, board)
+
+    def _check_plan(self, plan: Plan) -> None:
+        """Raise InputError unless the plan can be executed under this protocol, with what is known of the prompt."""
+        conflicts.check(plan)
+        if plan.store is not None and plan.store.spans and self.protocol == "strict":
+            raise InputError(
+                "layers that are written as one wait for the last of them: no chunk can see its own entries coded",
+                remedy="use the protocol official",
+            )
+        if plan.store is not None and plan.store.rest is not None and self._spec is None:
+            raise InputError("dropped entries would be held in a lower encoding, but no selection drops any",
+                             remedy="compose with a plan that selects")  # fmt: skip
+        if plan.keep is not None and plan.keep.leaving and self.protocol == "strict":
+            raise InputError(
+                "tokens leave the forward once the prompt's last ones are there: no token can see what decode "
+                "would", remedy="use the protocol official",
+            )  # fmt: skip
+        shared = plan.keep is not None and bool(plan.keep.recent_ratio) and not bool(plan.keep.full.all())
+        spec = None if plan.keep is None else plan.keep.select
+        parts = spec is not None and (bool((spec.budget <= 1).any()) or 0 < spec.recent < 1)
+        early = spec is not None and spec.when == "chunk" and parts
+        if early and self.prompt_length is None:
+            raise InputError("this plan's budget is a share of a prompt that is not all in when entries go",
+                             remedy="pass prompt_length=<tokens>")  # fmt: skip
+        if shared and self.prompt_length is None:
+            raise InputError("this plan's window is a share of the prompt", remedy="pass prompt_length=<tokens>")
 
     def _check(self, prefix: SegmentCache) -> None:
         """Raise InputError unless every row of this cache can go on from what `prefix` holds."""
@@ -121,9 +133,16 @@ class SegmentCache(Cache):
             raise InputError("a shared prefix is one sequence without padding, fed before it is shared")
         if not prefix.finished:
             raise InputError(
-                "the plan selects entries by a score once the prompt is in", got="a prefix that is not finished",
-                remedy="call prefix.finish(): the prefix alone is then what is selected from",
+                "something happens under this plan once the prompt is in: entries are selected, say, or clustered",
+                got="a prefix that is not finished",
+                remedy="call prefix.finish(): that is then done to the prefix alone",
             )  # fmt: skip
+
+    @property
+    def at_once(self) -> bool:
+        """Is a prompt to be fed at once, since its queries choose what they read by what all of it looks at?"""
+        read = None if self.plan is None else self.plan.read
+        return self.protocol == "official" and read is not None and read.sparse
 
     @property
     def single(self) -> bool:
@@ -140,14 +159,23 @@ class SegmentCache(Cache):
 
     @property
     def _waits(self) -> bool:
-        """Does something happen once the prompt is in?"""
-        return self._spec is not None or (
-            self.plan is not None and self.plan.store is not None and self.plan.store.fits
-        )
+        """Does something happen once the prompt is in, or until then?"""
+        store, read = (None, None) if self.plan is None else (self.plan.store, self.plan.read)
+        fits = store is not None and store.fits
+        reads = read is not None and read.waits
+        return self._spec is not None or fits or reads or self.onward is not None
+
+    def begin(self, tokens: int) -> None:
+        if self.onward is not None:
+            self.onward.begin(tokens, self.segments[0].columns, self.finished)
+
+    def end(self) -> None:
+        if self.onward is not None:
+            self.onward.end()
 
     def finish(self) -> None:
-        """The prompt is in: what a score selects is selected now, and the rest is freed; encodings are fitted. The
-        first decode step calls this too."""
+        """The prompt is in: what a score selects is selected now, and the rest is freed; encodings are fitted, clusters
+        made. The first decode step calls this too."""
         if self.finished:
             return
         self.finished = True
@@ -217,6 +245,8 @@ class SegmentCache(Cache):
         """
         if self.protocol != "official":
             raise InputError("a strict cache must see its own prefill")
+        if self.onward is not None:
+            raise InputError("a prompt whose tokens leave the forward must be fed to its own cache")
         for mine, theirs in zip(self.segments, full.segments, strict=True):
             mine.adopt(theirs)
         self.finish()

@@ -14,6 +14,8 @@ import torch
 
 from kvtool.cache.bulk import Bulk
 from kvtool.cache.lane import Lane, Partial, Step
+from kvtool.cache.onward import Onward
+from kvtool.cache.read.board import Board
 from kvtool.cache.read.sparse import Sparse
 from kvtool.cache.share.contexts import Contexts
 from kvtool.errors import InputError
@@ -30,7 +32,7 @@ class Part:
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step):
         """As `Lane.step`, for all heads of the layer."""
-        self.fed += k.shape[2]
+        self.fed = step.end(k.shape[2])
         if len(self.lanes) == 1:
             return self.lanes[0].step(q, k, v, step)
         if q.shape[2] == 1 and all(lane.plain(step) for lane in self.lanes):
@@ -104,12 +106,16 @@ class SegmentLayer(Layer):
         filled: Callable[[SegmentLayer], None],
         done: Callable[[], None],
         sparse: Sparse | None = None,
+        onward: Onward | None = None,
+        index: int = 0,
     ):
         super().__init__()
-        self.make, self.strict, self.by_row, self.finish, self.filled = make, strict, by_row, finish, filled
-        self.decoded = False  # are all tokens from now on decode steps?
+        self.make, self.by_row, self.finish, self.filled = make, by_row, finish, filled
+        self.protocol = strict  # what `strict` is at first, and again after `reset`
+        self.strict, self.decoded = strict, False  # `decoded`: are all tokens from now on decode steps?
         self.done = done  # told of each call's end
         self.sparse = sparse  # chooses what a prompt's queries read
+        self.onward, self.index = onward, index  # which of a prompt's tokens reach this layer, whose number is `index`
         self.parts: list[Part] = []
         self.columns = 0
         self.prefix = 0  # columns that all rows share
@@ -124,17 +130,11 @@ class SegmentLayer(Layer):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> torch.Tensor:
         self.scale, self.softcap, self.given = call.scale, call.softcap, call.given
-        if self.contexts is not None and call.padding is not None and not bool(call.padding.all()):
-            raise InputError("what follows documents cannot be padded", remedy="feed equal lengths together")
-        if self.prefix:
-            self._widen(len(q), call)
-        elif sum(len(part.rows) for part in self.parts) < len(q):
-            self._admit(len(q), self.columns + q.shape[2], call)
-        if q.shape[2] == 1 and self.columns:
-            self.finish()
-        if self.record:
-            self._remember(q, call.tokens)
-        start, self.columns = self.columns, self.columns + k.shape[2]
+        going = None if self.onward is None else self.onward.going
+        if going is not None and call.tokens is not None:
+            call = replace(call, tokens=going.taken(call.tokens))
+        self._enter(q, call)
+        start, self.columns = self.columns, self.columns + (k.shape[2] if going is None else going.width)
         if len(self.parts) == 1 and self.parts[0].rows == list(range(len(q))) and not self.parts[0].padding:
             out, lse = self._fed(0, q, k, v, call.tokens)
         else:
@@ -145,10 +145,26 @@ class SegmentLayer(Layer):
                     at = (part.rows, slice(None), slice(skip, None))
                     tokens = None if call.tokens is None else call.tokens[part.rows][:, skip:]
                     out[at], lse[at] = self._fed(number, q[at], k[at], v[at], tokens)
+        if self.onward is not None:
+            step = Step(0, self.scale, self.softcap, tokens=call.tokens)
+            self.onward.choose(self.index, self.parts, q, k, v, step)
         if start == 0:
             self.filled(self)
         self.done()
         return _with_sink_logits(*self._beside(q, (out, lse), self.inserted, start), call)
+
+    def _enter(self, q: torch.Tensor, call: Attention) -> None:
+        """Queries q [B,H,T,D] come: rows have parts, the prompt is over if this is a decode step."""
+        if self.contexts is not None and call.padding is not None and not bool(call.padding.all()):
+            raise InputError("what follows documents cannot be padded", remedy="feed equal lengths together")
+        if self.prefix:
+            self._widen(len(q), call)
+        elif sum(len(part.rows) for part in self.parts) < len(q):
+            self._admit(len(q), self.columns + q.shape[2], call)
+        if q.shape[2] == 1 and self.columns:
+            self.finish()
+        if self.record:
+            self._remember(q, call.tokens)
 
     def _fed(
         self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor | None
@@ -156,6 +172,8 @@ class SegmentLayer(Layer):
         """As `Part.step`, of one of the parts."""
         part = self.parts[number]
         step = self._step(part, tokens, self.given)
+        if self.onward is not None and self.onward.going is not None:
+            step = replace(step, places=self.onward.going.places(part.rows[0], part.padding))
         if self.sparse is not None:
             step = replace(step, chosen=self.sparse.choose((number, part.padding), part.lanes, q, k, step))
         return part.step(q, k, v, step)
@@ -207,8 +225,8 @@ class SegmentLayer(Layer):
     def settle(self) -> None:
         """The prompt is in: lanes that still wait for its end go on."""
         for lane in self.lanes():
-            if isinstance(lane, Bulk) and not lane.finished:
-                lane.finish()
+            if isinstance(lane, Bulk):
+                lane.settle()
 
     @property
     def single(self) -> bool:
@@ -246,6 +264,8 @@ class SegmentLayer(Layer):
         for (pad, _), rows in groups.items():
             part = Part(rows, pad, self.make())
             part.origin = first if places is None else int(places[rows[0], max(0, pad - self.columns)])
+            if places is not None and self.onward is not None and self.onward.going is not None:
+                part.origin -= int(self.onward.going.places(rows[0], pad)[0])
             if self.contexts is not None and part.origin != self.contexts.start:
                 raise InputError(
                     "what follows a prefix or documents does not stand behind them", got=f"position {part.origin}",
@@ -291,10 +311,13 @@ class SegmentLayer(Layer):
             part.fed = other.columns
         self.columns = other.columns
 
-    def follow(self, other: SegmentLayer) -> None:
-        """Go on from what `other` holds, one row without padding, and leave it alone."""
+    def follow(self, other: SegmentLayer, board: Board) -> None:
+        """Go on from what `other` holds, one row without padding, and leave it alone; layers meet at this board."""
         (theirs,) = other.parts
         part = Part([0], 0, [lane.branch() for lane in theirs.lanes])
+        for lane in part.lanes:
+            if isinstance(lane, Bulk):
+                lane.meet(board)
         part.fed, part.origin = theirs.fed, theirs.origin
         self.parts, self.columns, self.prefix = [part], other.columns, other.columns
         self.inserted = list(other.inserted)
@@ -307,7 +330,7 @@ class SegmentLayer(Layer):
 
     def reset(self) -> None:
         self.columns, self.prefix, self.parts, self.queries, self.tokens, self.inserted = 0, 0, [], [], [], []
-        self.contexts = None
+        self.contexts, self.strict, self.decoded = None, self.protocol, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._take(beam_idx)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvtool.cache.keep.closing import close_up, closes
+from kvtool.cache.keep.closing import FEW, close_up, closes
 from kvtool.cache.lane import Partial, Step
 from kvtool_kernels.ops import attend, attend_scored, attend_selected
 
@@ -59,6 +59,10 @@ class Segment(ABC):
         """All keys, where they live if that can be: for what looks at them there."""
         return self.keys()
 
+    def apiece(self) -> Iterator[torch.Tensor]:
+        """The keys, of one row where rows share them."""
+        yield self.keys()
+
     @abstractmethod
     def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries of the units int64 [B,K,M], `unit` consecutive entries each: k, v [B,K,M·unit,D]."""
@@ -78,6 +82,15 @@ class Segment(ABC):
     def read_bytes(self) -> int:
         """Bytes of all entries in use."""
         return sum(buffer.nbytes for buffer in self.buffers())
+
+    def some_bytes(self, count: int) -> int:
+        """Bytes of so many of the entries of every row and head."""
+        return self.read_bytes() * count // self.length
+
+    def page_bytes(self, touched: torch.Tensor, page: int) -> int:
+        """Bytes of the pages of `page` entries that each row and head touches, bool [B,K,N]."""
+        batch, kv_heads, _ = touched.shape
+        return self.read_bytes() * int(touched.sum()) * page // (batch * kv_heads * self.length)
 
     def _put(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(HOST) if self.slow else x
@@ -166,6 +179,16 @@ class Dense(Segment):
     def cut(self, count: int) -> None:
         """Forget the last `count` entries; their room stays."""
         self.length -= count
+
+    def close(self, first: int, gone: int) -> bool:
+        """Let entries first … first + gone − 1 of every head leave, unless a copy of the others is to be preferred."""
+        held = self.length
+        if any(x.requires_grad or x.shape[2] - held + gone > FEW for x in self.buffers()):
+            return False
+        for x in self.buffers():
+            x[:, :, first : held - gone] = x[:, :, first + gone : held].clone()
+        self.length = held - gone
+        return True
 
     def take(self, index: torch.Tensor) -> None:
         """Keep only the entries index int64 [B,K,N], in this order."""

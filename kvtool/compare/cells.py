@@ -64,7 +64,7 @@ def cells(
 def registry_name(name: str) -> str:
     """The method as the folder spells it; raises InputError when there is none."""
     method(name)
-    return name.replace("_", "-").lower()
+    return registry.spelled(name)
 
 
 def _of(name: str, budgets: Sequence[float], chosen: Mapping[str, Any]) -> list[Cell]:

@@ -31,8 +31,8 @@ from kvtool.replay.forced import forced
 
 @dataclass(frozen=True)
 class Rules:
-    """How all entrants are fed. `chunk`: tokens at a time where prefill is an entrant's own, `steps`: decode steps
-    timed a side."""
+    """How all entrants are fed. `chunk`: tokens at a time where prefill is an entrant's own, and dense; `steps`: decode
+    steps timed a side."""
 
     asks: tuple[str, ...] = ("known", "after")
     protocol: Protocol = "official"
@@ -154,16 +154,18 @@ class Race:
         return plan.dense and self.rules.protocol == "official" and not (select is not None and select.when == "chunk")
 
     def _feed(self, cache: SegmentCache, tokens: torch.Tensor, chunk: int) -> None:
-        """tokens int64 [T], `chunk` at a time, or at once if that is 0."""
+        """tokens int64 [T], `chunk` at a time, or at once if that is 0 or the plan wants it."""
         with torch.no_grad():
-            for piece in tokens.split(chunk or len(tokens)) if len(tokens) else ():
+            size = (0 if cache.at_once else chunk) or len(tokens)
+            for piece in tokens.split(size) if len(tokens) else ():
                 self.model.network.base_model(input_ids=piece[None].to(self.model.device), past_key_values=cache)
         cache.finish()
 
     def _answer(self, cache: SegmentCache, prompt: Prompt, ask: str) -> torch.Tensor:
         """Logits fp32 [A,V] along the answer."""
         assert prompt.sample.answer is not None
-        return forced(self.model, cache, prompt.follow(ask)[None])[0, -len(prompt.sample.answer) :]
+        question = len(prompt.sample.tokens) - 1 - prompt.end(ask)
+        return forced(self.model, cache, prompt.follow(ask)[None], question)[0, -len(prompt.sample.answer) :]
 
     def _steps(self, prompt: Prompt, entrant: Entrant, full: SegmentCache, logits: torch.Tensor) -> dict[str, Any]:
         """Decode steps of both sides in turns: median seconds, and how far the plan's logits are from the forced."""

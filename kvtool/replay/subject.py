@@ -24,7 +24,7 @@ SIDES = ("full", "plan")
 @dataclass(frozen=True)
 class Subject:
     """A model, a plan, and how prompts are fed. `chunk` is the prefill chunk in tokens, 0 for the whole prompt at
-    once."""
+    once, as plans whose prompts are read sparsely always are."""
 
     model: Model
     plan: Plan
@@ -39,7 +39,7 @@ class Subject:
 
     def prefill(self, cache: SegmentCache, tokens: torch.Tensor) -> None:
         """tokens int64 [B,T] without padding."""
-        size = self.chunk or max(1, tokens.shape[1])
+        size = (0 if cache.at_once else self.chunk) or max(1, tokens.shape[1])
         with self.model.served(), torch.no_grad():
             for start in range(0, tokens.shape[1], size):
                 piece = tokens[:, start : start + size].to(self.model.device)

@@ -9,7 +9,7 @@ import torch
 
 from kvtool import registry
 from kvtool.errors import InputError
-from kvtool.records import Record
+from kvtool.records import Record, alike
 from kvtool.slots.keep import Keep
 from kvtool.slots.prefill import Prefill
 
@@ -211,21 +211,32 @@ class Read(Record):
         return not bool((self.budget == 1.0).all())
 
     @property
+    def asked_together(self) -> bool:
+        """Is a question to come in one piece, for what it asks to be read?"""
+        return self.chooses and self.query == "together"
+
+    @property
+    def waits(self) -> bool:
+        """Does it matter where a prompt ends?"""
+        return self.asked_together or (self.chooses and self.form == "cluster")
+
+    @property
     def sparse(self) -> bool:
         """Do a prompt's queries not read everything?"""
         return self.prefill is not None and not self.prefill.lossless
 
     def then(self, other: Read) -> Read | None:
         """What both say of decode steps, of documents, and of a prompt's queries; None if both say something of one of
-        these."""
+        these: not what a cache does by itself, nor, of documents and prompts, the same."""
         if self.chooses and other.chooses:
             return None
         parts = {}
         for name in ("documents", "prefill"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is not None and theirs is not None:
+            said = [part for part in (mine, theirs) if part is not None and not part.lossless]
+            if len(said) > 1 and not alike(*said):
                 return None
-            parts[name] = mine or theirs
+            parts[name] = said[0] if said else mine or theirs
         return replace(other if other.chooses else self, **parts)
 
     def leader(self, layer: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.errors import InputError
 from kvtool.model import Model
+from kvtool.replay.forced import forced
 from tests.laws.methods import ragged
 from tests.models import random_ids
 from tests.running import feed
@@ -34,3 +35,18 @@ def test_a_cache_that_was_reset_is_as_good_as_new(llama: Model) -> None:
     cache.reset()
     assert (cache.nbytes, cache.get_seq_length()) == (0, 0)
     same(feed(llama, cache, ids, [14, *[1] * 6]), feed(llama, SegmentCache(llama, plan), ids, [14, *[1] * 6]))
+
+
+def test_a_reset_cache_has_its_own_protocol_again(llama: Model) -> None:
+    """Forced tokens are fed under another one."""
+    plan, ids = ragged(llama), random_ids(1, 20)
+    cache = SegmentCache(llama, plan)
+    feed(llama, cache, random_ids(1, 30, seed=1), [30])
+    forced(llama, cache, ids)
+    assert all(layer.strict and layer.decoded for layer in cache.segments)
+    cache.reset()
+    assert not any(layer.strict or layer.decoded for layer in cache.segments)
+    same(feed(llama, cache, ids, [20]), feed(llama, SegmentCache(llama, plan), ids, [20]))
+    strict = SegmentCache(llama, plan, protocol="strict")
+    strict.reset()
+    assert all(layer.strict for layer in strict.segments)

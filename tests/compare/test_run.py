@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.calibrate import calibrate
 from kvtool.compare import run
 from kvtool.compare.cells import Cell
 from kvtool.compare.journal import Journal, Key
@@ -199,3 +200,49 @@ def test_one_record_serves_all_plans(model: Model, field: list[Entrant]) -> None
 
 
 METHOD_WINDOW = 4  # of snapkv, in conftest
+
+
+def entrant(name: str, model: Model, **values: Any) -> Entrant:
+    return Entrant(Cell(name, "method"), calibrate(name, values, model=model), identity=name)
+
+
+def test_a_prompt_that_is_read_sparsely_is_fed_at_once(race: Start, made: list[Prompt], model: Model) -> None:
+    """So that no pattern is chosen by the queries of a chunk alone."""
+    each = [entrant("zipvl", model, tau=0.5, prefill="sparse", block=16, local=4),
+            entrant("dhsa", model, mode="vertical-slash", budget=0.2, block=16, local=4, dense=4)]  # fmt: skip
+    found = []
+    for chunk in (0, 37):
+        started = race(f"chunk{chunk}", entrants=each, chunk=chunk, steps=0)
+        started.run(few(made))
+        assert started.failed == {}
+        found.append(timeless(started.journal.scores))
+    assert found[0] == found[1]
+
+
+def test_a_question_is_asked_in_one_piece(race: Start, made: list[Prompt], model: Model) -> None:
+    """Under a plan that reads what it asks for; its answer follows step by step."""
+    asking = entrant("rekv", model, budget=0.1, unit=4, asked=300, sink=2, recent=8, slow=False)
+    prompt = next(prompt for prompt in made if prompt.task == "needle")
+    started = race("asked", entrants=[asking], steps=0)
+    started.run([prompt])
+    tokens, answer, end = prompt.sample.tokens, prompt.sample.answer, prompt.end("after")
+    assert answer is not None
+    logits = []
+    for plan in (None, asking.plan):
+        cache = SegmentCache(model, plan, prompt_length=end)
+        with model.served(), torch.no_grad():
+            model.network(input_ids=tokens[None, :end], past_key_values=cache)
+            cache.finish()
+            model.network(input_ids=tokens[None, end:-1], past_key_values=cache)
+            rows = [
+                model.network(input_ids=token.view(1, 1), past_key_values=cache).logits[0]
+                for token in torch.cat([tokens[-1:], answer[:-1]])
+            ]
+        logits.append(torch.cat(rows))
+    expected = task(prompt.task).score(*logits, answer)
+    found = started.journal.scores[key(prompt, "after", asking)]["scores"]
+    close(torch.tensor(list(found.values())), torch.tensor(list(expected.values())))
+    assert all(
+        lane.reader.asking.held.shape[3] == len(tokens) - 1 - end  # and nothing of the prompt before it
+        for layer in cache.segments for lane in layer.lanes()
+    )  # fmt: skip

@@ -13,15 +13,17 @@ from kvtool.cache.segments import GROWTH
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
-from kvtool.slots import Keep, Read, Select
+from kvtool.slots import Keep, Select
 from tests import models
 from tests.laws.methods import TINY, across, on, ragged
+from tests.laws.readings import CASES, reading
 from tests.laws.stores import NAMES, PAIRED, stored
 from tests.models import random_ids
 from tests.running import feed
 from tests.tolerance import close, same
 
 ROWS = 3
+MADE_ANEW = ("graph", "graph-of-all", "inverted", "inverted-once")
 CONTINUATION = [4, *[1] * 11, 6, 1]  # past the next block of every store
 TOKENS = sum(CONTINUATION)
 
@@ -30,12 +32,13 @@ def prefixed(model: Model, plan: Plan | None, ids: torch.Tensor, protocol: str =
     """A finished cache that holds ids [1,T]."""
     cache = SegmentCache(model, plan, protocol=protocol, **options)  # type: ignore[arg-type]
     if ids.shape[1]:
-        _fed(model, cache, ids, [ids.shape[1]])
+        fed(model, cache, ids, [ids.shape[1]])
     cache.finish()
     return cache
 
 
-def _fed(model: Model, cache: SegmentCache, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+def fed(model: Model, cache: SegmentCache, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Logits of ids [B,T], whose positions go on from what the cache holds."""
     with model.served(), torch.no_grad():
         outs = [model.network(input_ids=x, past_key_values=cache).logits for x in ids.split(chunks, 1)]
     return torch.cat(outs, dim=1)
@@ -44,10 +47,10 @@ def _fed(model: Model, cache: SegmentCache, ids: torch.Tensor, chunks: list[int]
 def equals_separate(model: Model, plan: Plan | None, length: int, protocol: str = "official") -> None:
     prefix, rows = random_ids(1, length, seed=1), random_ids(ROWS, TOKENS, seed=2)
     shared = prefixed(model, plan, prefix, protocol)
-    together = _fed(model, SegmentCache(model, plan, protocol=protocol, prefix=shared), rows, CONTINUATION)  # type: ignore[arg-type]
+    together = fed(model, SegmentCache(model, plan, protocol=protocol, prefix=shared), rows, CONTINUATION)  # type: ignore[arg-type]
     for row in range(ROWS):
         alone = prefixed(model, plan, prefix, protocol)
-        close(together[row : row + 1], _fed(model, alone, rows[row : row + 1], CONTINUATION))
+        close(together[row : row + 1], fed(model, alone, rows[row : row + 1], CONTINUATION))
 
 
 @pytest.mark.parametrize("protocol", ["official", "strict"])
@@ -58,12 +61,27 @@ def test_methods(case: str, length: int, protocol: str, llama: Model) -> None:
     stepping = plan.keep is not None and plan.keep.select is not None and plan.keep.select.when == "step"
     written_again = plan.store is not None and len(plan.store.chain) > 1
     short = plan.store is not None and plan.store.fits and length <= plan.store.recent
-    chooses = plan.read is not None and plan.read.chooses
-    if chooses or stepping or across(plan) or written_again or short:
+    index = None if plan.read is None else plan.read.index
+    if index in ("graph", "cluster") or stepping or across(plan) or written_again or short:
         with pytest.raises(InputError, match=r"cannot be shared|written as one|nothing to fit"):
             equals_separate(model, plan, length, protocol)
     else:
         equals_separate(model, plan, length, protocol)
+
+
+@pytest.mark.parametrize("length", [3, 30, 41])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in MADE_ANEW])
+def test_readings(name: str, length: int) -> None:
+    model = models.double("llama")
+    equals_separate(model, reading(model, name), length)
+
+
+@pytest.mark.parametrize("name", MADE_ANEW)
+def test_an_index_of_everything_is_not_shared(name: str) -> None:
+    """It is made of all entries when they are first read, and anew when there are twice as many."""
+    model = models.shared("llama")
+    with pytest.raises(InputError, match="make an index of anew cannot be shared"):
+        equals_separate(model, reading(model, name), 30)
 
 
 @pytest.mark.parametrize("length", [4, 37])
@@ -95,27 +113,29 @@ def test_a_tree_of_prefixes(llama: Model) -> None:
         trunk, limb, leaves = random_ids(1, 17, seed=1), random_ids(1, 9, seed=2), random_ids(ROWS, 8, seed=3)
         first = prefixed(llama, plan, trunk)
         second = SegmentCache(llama, plan, prefix=first)
-        _fed(llama, second, limb, [9])
+        fed(llama, second, limb, [9])
         third = SegmentCache(llama, plan, prefix=second)
-        together = _fed(llama, third, leaves, [4, *[1] * 4])
+        together = fed(llama, third, leaves, [4, *[1] * 4])
         for row in range(ROWS):
             alone = prefixed(llama, plan, trunk)
-            _fed(llama, alone, limb, [9])
-            close(together[row : row + 1], _fed(llama, alone, leaves[row : row + 1], [4, *[1] * 4]))
+            fed(llama, alone, limb, [9])
+            close(together[row : row + 1], fed(llama, alone, leaves[row : row + 1], [4, *[1] * 4]))
 
 
-@pytest.mark.parametrize("name", ["none", "ragged", "four-bits"])
+@pytest.mark.parametrize("name", ["none", "ragged", "four-bits", "own-jumps", "segment-tails", "exact-outliers"])
 def test_branches_leave_each_other_alone(name: str) -> None:
     model = models.double("llama")
-    plan = None if name == "none" else ragged(model) if name == "ragged" else stored(model, name)
+    plan = None if name == "none" else ragged(model) if name == "ragged" else None
+    if plan is None and name != "none":
+        plan = reading(model, name) if name in CASES else stored(model, name)
     prefix, one, two = random_ids(1, 21, seed=1), random_ids(2, 20, seed=2), random_ids(1, 20, seed=3)
     shared = prefixed(model, plan, prefix)
     branch = SegmentCache(model, plan, prefix=shared)
-    alone, early = prefixed(model, plan, prefix), _fed(model, branch, one[:, :9], [4, *[1] * 5])
-    close(_fed(model, shared, two, [1] * 20), _fed(model, alone, two, [1] * 20))  # the prefix goes on by itself
-    late = _fed(model, branch, one[:, 9:], [1] * 11)
+    alone, early = prefixed(model, plan, prefix), fed(model, branch, one[:, :9], [4, *[1] * 5])
+    close(fed(model, shared, two, [1] * 20), fed(model, alone, two, [1] * 20))  # the prefix goes on by itself
+    late = fed(model, branch, one[:, 9:], [1] * 11)
     again = SegmentCache(model, plan, prefix=prefixed(model, plan, prefix))
-    close(torch.cat([early, late], dim=1), _fed(model, again, one, [4, *[1] * 16]))
+    close(torch.cat([early, late], dim=1), fed(model, again, one, [4, *[1] * 16]))
 
 
 def test_the_prefix_is_counted_once(llama: Model) -> None:
@@ -125,7 +145,7 @@ def test_the_prefix_is_counted_once(llama: Model) -> None:
     assert cache.get_seq_length() == 130
     assert cache.nbytes == shared.nbytes
     assert cache.read_bytes == shared.read_bytes
-    _fed(llama, cache, random_ids(ROWS, 5, seed=2), [5])
+    fed(llama, cache, random_ids(ROWS, 5, seed=2), [5])
     entry = 2 * g.layers * g.kv_heads * g.head_dim * 4
     assert cache.nbytes == shared.nbytes + ROWS * GROWTH * entry
     assert cache.read_bytes == (130 + ROWS * 5) * entry
@@ -140,7 +160,7 @@ def test_what_still_moves_is_each_rows_own(llama: Model) -> None:
     plan = stored(llama, "four-bits", sink=2, recent=3, block=8)
     shared = prefixed(llama, plan, random_ids(1, 40, seed=1))  # 2 sinks, 32 coded, 6 recent
     cache = SegmentCache(llama, plan, prefix=shared)
-    _fed(llama, cache, random_ids(ROWS, 1, seed=2), [1])
+    fed(llama, cache, random_ids(ROWS, 1, seed=2), [1])
     (lane,) = cache.segments[0].lanes()
     assert [segment.length for segment in lane.shared] == [2, 32]
     assert (lane.sinks.length, lane.bulk.length, lane.recent.length) == (0, 0, 7)
@@ -187,10 +207,6 @@ def test_refused(llama: Model) -> None:
         SegmentCache(llama, prefix=prefixed(llama, None, random_ids(2, 8)))
     with pytest.raises(InputError, match="one sequence"):
         SegmentCache(llama, prefix=SegmentCache(llama))
-    budget = torch.full((llama.geometry.layers,), 0.5)
-    reading = Plan("reading", llama.fingerprint, read=Read(budget, unit=4))
-    with pytest.raises(InputError, match="reads selectively"):
-        SegmentCache(llama, reading, prefix=prefixed(llama, reading, prefix))
     shape = (llama.geometry.layers, llama.geometry.kv_heads)
     for when, match in (("step", "evicts at every step"), ("prefill", "not finished")):
         select = Select(torch.full(shape, 5.0), observe="all", when=when)  # type: ignore[arg-type]
@@ -213,6 +229,6 @@ def test_a_window_that_is_a_share_of_the_prompt_is_the_prefixes(llama: Model) ->
     plan = replace(made, keep=replace(made.keep, recent_ratio=0.5))
     ids, rows = random_ids(1, 30, seed=1), random_ids(2, 6, seed=2)
     shared = prefixed(llama, plan, ids, prompt_length=30)
-    together = _fed(llama, SegmentCache(llama, plan, prefix=shared), rows, [6])
+    together = fed(llama, SegmentCache(llama, plan, prefix=shared), rows, [6])
     alone = prefixed(llama, plan, ids, prompt_length=30)
-    close(together[:1], _fed(llama, alone, rows[:1], [6]))
+    close(together[:1], fed(llama, alone, rows[:1], [6]))

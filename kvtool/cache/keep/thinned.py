@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvtool.cache.bulk import Bulk
+from kvtool.cache.keep import fused
 from kvtool.cache.keep.scores._base import View
 from kvtool.cache.keep.selector import Selector
 from kvtool.cache.lane import Partial, Step
@@ -38,16 +39,53 @@ class Thinned(Bulk):
         self.selecting = True  # until the prompt is in, and the branch of a shared prefix never
         self.tokens: torch.Tensor | None = None  # int64 [B,K,N], where the selector looks at them
         self.finished = False
+        key = self.encodings[0]
+        bare = self.block is None and self.reader is None and rest is None and (key is None or key.rotated)
+        self.simple = bare and not (reindex or again) and fused.plain(selector)  # do entries leave without a trace?
+        self.scoring = self.simple and fused.scores_at_once(selector)
         if rest is not None:
             self._watch(*rest.encodings)
             rest.coded.queries = self._seen
 
-    def _pieces(self, tokens: int) -> list[int]:
-        return [1] * tokens if self.finished and self.stepping else super()._pieces(tokens)
+    def pieces(self, tokens: int) -> list[int]:
+        return [1] * tokens if self.finished and self.stepping else super().pieces(tokens)
+
+    def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
+        count = self._at_once(q, k, step)
+        if count is None:
+            return super()._one(q, k, v, step)
+        self._receive(k, v, step, q)
+        if count == self.recent.length and not self.selector.remembers:
+            self.selector.passed(None)
+            return self.recent.attend(q, step)
+        out = fused.turn(self.selector, q, *self.recent.recall(), count, step)
+        self.recent.cut(self.recent.length - count)
+        return out
+
+    def _at_once(self, q: torch.Tensor, k: torch.Tensor, step: Step) -> int | None:
+        """How many entries stay after this decode step, if it is one operation."""
+        if not (self.scoring and self.finished and q.shape[2] == 1 and self.positions is None):
+            return None
+        held = self.recent.length + 1
+        count = self.selector.due(held, step.end(1))
+        waiting = self.selector.queries or not self.selector.turn or q.requires_grad or k.requires_grad
+        return count if held - count <= 1 and not waiting and super().plain(step) else None
+
+    def _gap(self) -> bool:
+        """Let those leave that leave whatever they score, if that is so; if not, or for once, say no."""
+        held = self.recent.length
+        count = self.selector.due(held, self.fed)
+        first = fused.gap(self.selector, held, count) if self.positions is None else None
+        if first is None or (count < held and not self.recent.close(first, held - count)):
+            return False
+        self.selector.passed(None)
+        return True
 
     def _observe(self, q: torch.Tensor, step: Step) -> None:
         """The selector remembers the queries of the newest entries, and evicts if it does so now."""
         if not q.shape[2] or not (self.selecting or self.stepping):
+            return
+        if self.simple and self.finished and q.shape[2] == 1 and self._gap():
             return
         self.look(q, step)
         if self.finished or self.selector.spec.when == "chunk":
@@ -60,6 +98,10 @@ class Thinned(Bulk):
                 raise InputError("the plan looks at tokens", got="input embeddings", remedy="pass input_ids")
             tokens = step.tokens.to(k.device)[:, None].expand(-1, len(self.heads), -1)
             self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=2)
+
+    @property
+    def _placed(self) -> bool:
+        return super()._placed or "positions" in self.selector.needs or self.rest is not None
 
     def _most(self) -> int | None:
         return self.selector.most(self.fed) if self.finished and self.stepping else None
@@ -175,7 +217,7 @@ class Thinned(Bulk):
     def _place(self, index: torch.Tensor, held: int) -> None:
         """Entries index int64 [B,K,N] of those held have stayed: note their positions where keys need them, or move
         their keys so that they stand right before the next token; all held stood so before."""
-        key, selector = self.encodings[0], self.selector
+        selector = self.selector
         if self.again:
             stayed = int((index[0, 0] == torch.arange(index.shape[2], device=index.device)).sum())
             self.sound = stayed if self.sound is None else min(self.sound, stayed)
@@ -183,9 +225,7 @@ class Thinned(Bulk):
             self.tokens = self.tokens.gather(2, index)
         if self.reader is not None:
             self.reader.take(index)
-        wanted = selector.spec.when != "prefill" and "positions" in selector.needs
-        wanted |= key is not None and not key.rotated
-        wanted |= self.reader is not None and self.reader.places.wanted
+        wanted = super()._placed or (selector.spec.when != "prefill" and "positions" in selector.needs)
         if self.reindex and self.rotary is not None:
             source = index + self.fed - held + self.origin
             target = torch.arange(self.fed - index.shape[2], self.fed, device=index.device).expand_as(index)
@@ -194,6 +234,7 @@ class Thinned(Bulk):
             k.copy_(self.rotary.rotate(bare, self.rotary.table(target + self.origin)))
             index = target
         elif not wanted:
+            self.positions = None
             return
         elif self.positions is not None:
             index = self.positions.gather(2, index)

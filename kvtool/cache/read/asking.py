@@ -1,7 +1,8 @@
 """The query that chooses, where it is not the step's own: made of the last `Read.asked` queries.
 
     together  their mean, of those that came together with others, as a prompt or a question does: what is decoded
-              afterwards has no say, and a choice is made anew after each such chunk (ReKV, arXiv 2503.00540)
+              afterwards has no say, and a choice is made anew after each such chunk (ReKV, arXiv 2503.00540). Chunks
+              without a step between them are one prompt, unless its end was told (`SegmentCache.finish`)
     probe     Σ_t w_t q_t,  w_t = φ_t / Σ φ,  φ_t = mean over channels c of (q_tc − μ_c)² / (σ²_c + mean(σ²) / 100):
               the more a token's queries differ from what is usual, the more they say (ActQKV, arXiv 2502.13542)
 
@@ -44,7 +45,7 @@ class Asking:
         self.by, self.count, self.bare, self.places = spec.query, spec.asked, spec.bare, places
         self.usual = None if usual is None else Usual(*usual.unbind(-2))
         self.held: torch.Tensor | None = None  # the queries that choose [B,K,G,N,D]
-        self.alone = True  # did the newest token come alone?
+        self.alone = True  # did the newest token come alone, or end a prompt?
         self.fresh = False  # have tokens come together since a choice was made?
         self.seen = 0  # queries of `total` and `square`, sums fp64 [B,K,G,D], where the usual is theirs
         self.total: torch.Tensor | None = None

@@ -104,6 +104,12 @@ class Cuts:
         assert self.steps is not None
         return self.steps <= steps
 
+    def unfinished(self) -> int:
+        """The first run that entries may still join when they join the bulk, of all rows and heads."""
+        if self.tags is not None and self.tags.shape[2]:
+            return int(self.tags[..., 0].min())
+        return 0 if self.number is None else int(self.number.min())
+
     def leave(self, count: int) -> torch.Tensor:
         """The numbers int32 [B,K,count] of the oldest entries that wait, which leave."""
         assert self.tags is not None

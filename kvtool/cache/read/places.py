@@ -14,11 +14,13 @@ Shapes: B batch, K KV heads of the lane, G query heads of each, C choosers per K
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from kvtool.cache.lane import Partial, Step
 from kvtool.cache.segments import Segment, entries_of
+from kvtool.cache.share.shared import Shared
 from kvtool.rotary import Rotary
 from kvtool.slots import Read
 from kvtool_kernels.ops import attend
@@ -59,7 +61,7 @@ class Places:
         at = torch.tensor([step.start + step.origin], device=q.device)
         return self._turned(q, at, torch.full_like(at, self.distance))
 
-    def before(self, q: torch.Tensor, sinks: Segment, gap: torch.Tensor, step: Step) -> Partial:
+    def before(self, q: torch.Tensor, sinks: Segment | Shared, gap: torch.Tensor, step: Step) -> Partial:
         """Attend q [B,H,1,D] over the sinks; the bulk's choosers left gap int64 [B,K,C] of its entries unread."""
         if self.mode == "far":
             k, v = sinks.recall()
@@ -68,7 +70,8 @@ class Places:
         batch, kv_heads, choosers = gap.shape
         grouped = q.reshape(batch, kv_heads, choosers, -1, q.shape[-1])
         at = torch.full_like(gap, step.start + step.origin)[..., None]
-        return sinks.attend(self._turned(grouped, at, at - gap[..., None]).reshape(q.shape), step)
+        turned = self._turned(grouped, at, at - gap[..., None]).reshape(q.shape)
+        return sinks.attend(turned, replace(step, given={}))  # which was computed for queries that nobody turned
 
     def _turned(self, x: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """x [...,S,D], whose positions int64 [...,S] are `source`, as if they were `target`."""

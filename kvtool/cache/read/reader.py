@@ -31,6 +31,7 @@ from kvtool.cache.read.places import Places
 from kvtool.cache.read.summaries._base import Given
 from kvtool.cache.read.units import Units
 from kvtool.cache.segments import Dense, Segment
+from kvtool.cache.share.shared import Shared
 from kvtool.rotary import NONE, Rotary
 from kvtool.slots import Read
 from kvtool_kernels.ops import attend, merge
@@ -84,6 +85,24 @@ class Reader:
         made.fetched, made.known, made.whole = (), 0, False
         made.reads = made.asks = made.looks = 0
         return made
+
+    def branch(self) -> Reader:
+        """A reader that goes on from here and leaves this one alone; summaries of what is there already are shared."""
+        made = copy.copy(self)
+        made.places = copy.copy(self.places)
+        made.cuts, made.credits, made.asking = copy.copy(self.cuts), copy.copy(self.credits), copy.copy(self.asking)
+        if made.asking is not None:
+            made.asking.places = made.places
+        made.units = self.units.branch(None if self.cuts is None else self.cuts.unfinished())
+        made.index = None if self.index is None else self.index.branch(made.units)
+        return made
+
+    def settle(self, bulk: Segment) -> None:
+        """The prompt is in: make of the bulk's entries what is made of all at once; what comes next is another one."""
+        if self.scores_itself and bulk.length:
+            self.units.settle(bulk)
+        if self.asking is not None:
+            self.asking.alone = True
 
     @property
     def watches(self) -> bool:
@@ -160,7 +179,7 @@ class Reader:
             out = merge(out, self._tail(out, scores, bulk, step))
         return out[0].flatten(1, 2)[:, :, None], out[1].flatten(1, 2)[:, :, None]
 
-    def before(self, q: torch.Tensor, sinks: Segment, step: Step) -> Partial:
+    def before(self, q: torch.Tensor, sinks: Segment | Shared, step: Step) -> Partial:
         """Attend q [B,H,1,D], which has just attended over the bulk, over the sinks."""
         if self.spec.positions == "original" or self.whole or self.choice is None:
             return sinks.attend(q, step)
@@ -278,12 +297,11 @@ class Reader:
         """The partial result [B,K,G,D], [B,K,G] that stands for what is not `read`."""
         unread, sizes = self.units.unread(self._read(bulk.length // self.units.grain), scores.shape[3])
         logits = tails.capped(scores, step)
-        if self.units.total is not None:
-            value, lse = tails.mean(read[1], logits, unread, sizes, self.units.total / bulk.length)
+        if self.spec.tail == "mean":
+            value, lse = tails.mean(read[1], logits, unread, sizes, self.units.summed() / bulk.length)
         else:
-            assert self.units.values is not None
             unread = tails.foremost(unread, self._ranked(scores, step), self.spec.estimated)
-            value, lse = tails.estimate(logits, unread, self.units.values)
+            value, lse = tails.estimate(logits, unread, self.units.valued())
         return value.to(read[0].dtype), lse
 
     # the ledger, and what is held
@@ -306,15 +324,14 @@ class Reader:
     def _chosen_bytes(self, bulk: Segment) -> int:
         """Bytes of the pages that the union of each KV head's choices touches."""
         if self.choice is None:
-            return bulk.read_bytes() * self.count(bulk) * self.units.grain // bulk.length
+            return bulk.some_bytes(self.count(bulk) * self.units.grain)
         batch, kv_heads, grain, page = *self.choice.shape[:2], self.units.grain, self.spec.page
         read = self._read(bulk.length // grain)
         entries = (read[..., None] * grain + torch.arange(grain, device=read.device)).flatten(2)
         pages = -(-bulk.length // page)
         index = torch.where(entries < 0, pages, entries // page)  # what is nothing goes to one page too many
         touched = torch.zeros(batch, kv_heads, pages + 1, dtype=torch.bool, device=index.device)
-        count = int(touched.scatter(2, index, True)[..., :pages].sum()) * page
-        return bulk.read_bytes() * count // (batch * kv_heads * bulk.length)
+        return bulk.page_bytes(touched.scatter(2, index, True)[..., :pages], page)
 
     def buffers(self) -> Iterator[torch.Tensor]:
         yield from self.units.buffers()

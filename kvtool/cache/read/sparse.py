@@ -7,7 +7,7 @@ block. So chunks that end where blocks do give what the prompt at once gives, if
 does, rules that look at a chunk's last queries or its probes do not), if no boundary is a label, if entries are held as
 they came, and if the prompt's length is known: its last queries are counted from there, and a budget that is a share is
 one of it. Where it is not known, each chunk is taken for the prompt's end. A block that a chunk cuts in two chooses
-twice, by half of its queries each time.
+twice, by half of its queries each time. So whoever feeds prompts asks `SegmentCache.at_once`.
 
 Under the protocol "strict" prefill is decode, and nothing here acts. The same holds for heads with a window, of the
 plan or the model's own, and once entries have gone: a chunk then reads all that is left. It keeps nothing between

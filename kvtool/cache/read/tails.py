@@ -12,9 +12,12 @@ Shapes: as in `units.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kvtool.cache.lane import Partial, Step
+from kvtool.cache.share.folding import for_all
 
 
 def capped(scores: torch.Tensor, step: Step) -> torch.Tensor:
@@ -35,12 +38,19 @@ def mean(
     return value.expand(*logits.shape[:3], -1), lse + left - taken
 
 
-def estimate(logits: torch.Tensor, unread: torch.Tensor, values: torch.Tensor) -> Partial:
-    """logits [B,K,G,U], unread int64 [B,K,C,U], values [B,K,U,D] → [B,K,G,D], [B,K,G]."""
+def estimate(logits: torch.Tensor, unread: torch.Tensor, values: Sequence[torch.Tensor]) -> Partial:
+    """logits [B,K,G,U], unread int64 [B,K,C,U], values [B,K,U_i,D], or [1,K,U_i,D] if all rows share them, of all units
+    in order → [B,K,G,D], [B,K,G]."""
     weights = logits + unread.to(logits.dtype).log()
     lse = torch.logsumexp(weights, -1)
     shares = torch.exp(weights - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return shares @ values.to(logits.dtype), lse
+    out, first = torch.zeros((), device=logits.device), 0
+    for value in values:
+        value = value.to(logits.dtype)
+        mine = shares[..., first : first + value.shape[2]]
+        out = out + for_all(mine, len(value), lambda x: x @ value)  # noqa: B023 (called at once)
+        first += value.shape[2]
+    return out, lse
 
 
 def foremost(unread: torch.Tensor, ranked: torch.Tensor, share: float) -> torch.Tensor:

@@ -33,7 +33,7 @@ def read(
     """Feed ids int64 [T] to `cache`, after all that it holds and stands after; `done` is told of each chunk."""
     place = cache.segments[0].place
     with model.served(), torch.no_grad():
-        for piece in ids.to(model.device).split(chunk or max(1, len(ids))):
+        for piece in ids.to(model.device).split((0 if cache.at_once else chunk) or max(1, len(ids))):
             positions = torch.arange(place, place + len(piece), device=model.device)
             model.network.base_model(input_ids=piece[None], position_ids=positions[None], past_key_values=cache)
             place += len(piece)
@@ -54,14 +54,22 @@ def beside(
     *,
     position: Position | None = None,
 ) -> SegmentCache:
-    """`cache`, which nothing was fed to yet unless it already stands after the prefix alone, sees prefix and documents
-    and holds nothing of them; returns it. Its plan says with what temperature and scale documents take part, and where
-    they stand, unless `position` does.
+    """`cache`, which nothing was fed to yet, sees prefix and documents and holds nothing of them; returns it. Without
+    documents it may be one that was read after the prefix, in another run say, and is put there again. Its plan says
+    with what temperature and scale documents take part, and where they stand, unless `position` does.
 
-    Raises InputError unless the prefix is the full cache's and every document was read after it, and for contiguous
-    documents unless moving keys is exact in this model.
+    Raises InputError unless the prefix is the full cache's and every document was read after it, for contiguous
+    documents unless moving keys is exact in this model, and for a cache of tokens that never saw the documents.
     """
+    if documents and cache.segments[0].columns:
+        raise InputError(
+            "documents cannot be put before what was read without them", got=f"{cache.segments[0].columns} tokens",
+            expected="a cache that nothing was fed to", remedy="put the documents before a new cache, then feed that",
+        )  # fmt: skip
     first = 0 if prefix is None else _prefixed(prefix)
+    begun = cache.segments[0].place - cache.segments[0].columns
+    if cache.segments[0].columns and begun != first:
+        raise InputError("what goes on from a prefix was read at other positions", got=begun, expected=first)
     told = None if cache.plan is None or cache.plan.read is None else cache.plan.read.documents
     position = position or (told.position if told is not None else "shared")
     lengths = [_length(document, first) for document in documents]

@@ -28,6 +28,7 @@ class Shared:
     def __init__(self, segment: Segment, kv_heads: int, first: int, positions: torch.Tensor | None):
         self.segment, self.kv_heads, self.rows = copy.copy(segment), kv_heads, 1
         self.first, self.positions = first, positions
+        self.segment.moved = 0  # what other holders had fetched is theirs to count
         if isinstance(self.segment, Coded):
             self.segment.parts = {side: dict(parts) for side, parts in self.segment.parts.items()}
             self.segment.positions = self._places
@@ -37,10 +38,23 @@ class Shared:
             return torch.arange(self.first + low, self.first + high)
         return self.positions[..., low:high]
 
+    def places(self) -> torch.Tensor:
+        """Positions of all entries, int64 [S] or [1,K,S]."""
+        return self._places(0, self.length)
+
     @property
     def length(self) -> int:
         """Entries, the same for every row."""
         return self.segment.length
+
+    @property
+    def moved(self) -> int:
+        """Bytes brought from slower memory."""
+        return self.segment.moved
+
+    def again(self) -> Shared:
+        """The same for one more holder."""
+        return Shared(self.segment, self.kv_heads, self.first, self.positions)
 
     @property
     def placed(self) -> bool:
@@ -64,10 +78,21 @@ class Shared:
         lse = lse.reshape(self.kv_heads, batch, -1).transpose(0, 1)
         return out.reshape(batch, heads, tokens, -1), lse.reshape(batch, heads, tokens)
 
-    def recall(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Entries as attention sees them, k, v [B,K,S,D]: views of one row."""
-        k, v = self.segment.recall()
+    def recall(self, low: int = 0, high: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries low … high − 1 as attention sees them, k, v [B,K,S,D]: views of one row."""
+        k, v = self.segment.recall(low, high)
         return k.expand(self.rows, -1, -1, -1), v.expand(self.rows, -1, -1, -1)
+
+    def keys(self, low: int = 0, high: int | None = None) -> torch.Tensor:
+        """Only the keys of `recall`."""
+        return self.segment.keys(low, high).expand(self.rows, -1, -1, -1)
+
+    def gather(self, units: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Segment.gather`, units int64 [B,K,M] of each row's own."""
+        rows = len(units)
+        k, v = self.segment.gather(units.transpose(0, 1).flatten(1, 2)[None], unit)
+        k, v = (x[0].unflatten(1, (rows, -1)).transpose(0, 1) for x in (k, v))
+        return k, v
 
     def buffers(self) -> Iterator[torch.Tensor]:
         """Every tensor held, once for all rows."""

@@ -51,7 +51,7 @@ def judged(subject: Subject, corpus: Corpus, options: Options, names: Names, pro
         caches = subject.both(tokens[:, :end], torch.cat([tokens[:, end:], answers(group)[:, :-1]], dim=1))
         for side in SIDES:
             if end < tokens.shape[1] - 1:
-                forced(subject.model, caches[side], tokens[:, end:-1])
+                forced(subject.model, caches[side], tokens[:, end:-1], question=tokens.shape[1] - 1 - end)
             for sample, hit in zip(group, recalled(subject, caches[side], group), strict=True):
                 hits[side].setdefault((sample.length, sample.depth if names.depths else 0.0), []).append(hit)
         for sample in group:
@@ -144,7 +144,8 @@ def show(result: Result, what: str):
         for side in SIDES
     ]
     for side, (low, high) in result.detail["interval"].items():
-        label = f"{side}, 95 % interval over {result.detail['prompts']} prompts"
+        count = result.detail["prompts"]
+        label = f"{side}, 95 % interval over {count} prompt{'s' if count > 1 else ''}"
         rows.append((label, f"{low:.2f} to {high:.2f}", *("" for _ in depths[1:])))
     if "depth" not in grid[0]:
         return (what, ""), rows

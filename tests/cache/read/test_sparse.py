@@ -11,9 +11,11 @@ import torch
 from kvtool import plan as plans
 from kvtool.cache.lane import Step
 from kvtool.cache.segment_cache import SegmentCache
+from kvtool.cache.share.documents import read
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan, compose
+from kvtool.replay.subject import Subject
 from kvtool.slots import EVERYTHING, Keep, Prefill, Read, Select
 from tests import models
 from tests.cache.read.prefilling import ALONE, BASE, CASES, LABELS, D, G, K, N, draw, masked, sparse, weights
@@ -84,6 +86,25 @@ def test_chunks_that_end_with_blocks(name: str) -> None:
         for chunks in ([8, 24, 8], [16, 16, 8]):
             close(fed(model, made, ids, [*chunks, *[1] * 5], prompt_length=40), whole)
         assert error(fed(model, made, ids, [11, 9, 20, *[1] * 5], prompt_length=40), whole) > 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whoever_chunks_prompts_feeds_these_at_once(name: str) -> None:
+    """Most rules look at the prompt's last queries, or at some from all of it: no chunk knows what to read. Under the
+    protocol strict nothing is chosen, and chunks are chunks."""
+    model, ids = models.double("llama"), random_ids(2, 45, seed=1)
+    made = planned(model, **CASES[name])
+    expected = fed(model, made, ids, [40, *[1] * 5], prompt_length=40)[:, 40:]
+    caches = []
+    for chunk in (0, 8, 11):
+        subject = Subject(model, made, chunk=chunk)
+        cache = subject.cache("plan", 40)
+        subject.prefill(cache, ids[:, :40])
+        close(feed(model, cache, ids[:, 40:], [1] * 5, shift=40), expected)
+        caches.append(read(model, SegmentCache(model, made, prompt_length=40), ids[0, :40], chunk))
+    close(*(feed(model, cache, ids[:1, 40:], [1] * 5, shift=40) for cache in (caches[0], caches[2])))
+    assert not SegmentCache(model, made, protocol="strict").at_once
+    assert not SegmentCache(model, planned(model, 1.0)).at_once
 
 
 @pytest.mark.parametrize(("name", "length"), [*((name, None) for name in CASES), ("pages", 40), ("labels", 40)])

@@ -7,7 +7,7 @@ import torch
 
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.share.contexts import Context
-from kvtool.cache.share.documents import read
+from kvtool.cache.share.documents import after, beside, read
 from kvtool.cache.trial import Trial
 from kvtool.errors import InputError
 from kvtool.plan import Plan
@@ -223,3 +223,18 @@ def test_what_cannot_be_put_together_is_refused(wrong: str) -> None:
         mask, match = torch.tensor([[0, 1, 1]]), "cannot be padded"
     with pytest.raises(InputError, match=match):
         feed(model, together(model, held, prefix), random_ids(1, 3), [3], mask=mask)
+
+
+def test_documents_are_not_put_before_what_was_read_without_them() -> None:
+    """A prefix alone may be: it is the one that this was read after."""
+    model = models.shared("llama")
+    prefix = prefixed(model)
+    held = document(model, prefix, TEXTS[0])
+    cache = document(model, prefix, TEXTS[1])
+    with pytest.raises(InputError, match="before what was read without them"):
+        beside(model, cache, prefix, [held])
+    assert after(model, cache, prefix) is cache
+    alone = SegmentCache(model)
+    feed(model, alone, TEXTS[1][None], [len(TEXTS[1])])
+    with pytest.raises(InputError, match="other positions"):
+        after(model, alone, prefix)

@@ -1,8 +1,8 @@
 """Evicted entries live on in kept ones: assignment, threshold, weights.
 
 A rule is a file with `merge(job)`, which gives what stays (`Merged`), or what of it changes (`Changed`), or None if
-nothing does; and with `SCORES = True` if it looks at scores. Those that average entries into kept ones assign every
-entry to a kept one and leave the rest to `joined`:
+nothing does; with `SCORES = True` if it looks at scores, and `ONCE = True` if nothing changes at decode steps. Those
+that average entries into kept ones assign every entry to a kept one and leave the rest to `joined`:
 
     e joins its owner u(e) if cos(k_e, k_u(e)) ≥ threshold
     x_u ← (n_u x_u + Σ_e w_e n_e x_e) / (n_u + Σ_e w_e n_e)   for keys and values;   n_u ← n_u + Σ_e n_e

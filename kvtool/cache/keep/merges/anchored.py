@@ -14,6 +14,8 @@ import torch
 from kvtool.cache.keep.merges._base import Job, Merged, at, averaged, dropped
 from kvtool_kernels.precision import wide
 
+ONCE = True
+
 
 def merge(job: Job) -> Merged | None:
     if job.view.turn:

@@ -44,6 +44,7 @@ class Index(Watching, ABC):
     """State is replaced, never written into."""
 
     held: ClassVar[tuple[str, ...]] = ()  # names of tensors [B,...], or None, that are held
+    shareable: ClassVar[bool] = False  # is what it holds of early entries left alone by later ones?
 
     def __init__(self, spec: Read, units: Units):
         self.spec, self.units, self.search = spec, units, spec.search
@@ -55,6 +56,10 @@ class Index(Watching, ABC):
     @abstractmethod
     def looked_bytes(self, bulk: Segment) -> int:
         """Bytes that the last choice looked at."""
+
+    def branch(self, units: Units) -> Index:
+        """One that goes on from here and leaves this one alone; `units` are its own."""
+        raise AssertionError("no index that is shared")
 
     def buffers(self) -> Iterator[torch.Tensor]:
         yield from (held for name in self.held if (held := getattr(self, name)) is not None)

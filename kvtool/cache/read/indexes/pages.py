@@ -8,6 +8,7 @@ summary of every upper page, of the same kind as those of units.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -24,9 +25,12 @@ QUERIES = False
 
 
 class Found(Index):
+    shareable = True
+
     def __init__(self, spec: Read, units: Units):
         super().__init__(spec, units)
-        self.parts: Parts = ()  # of upper pages
+        self.shared: list[Parts] = []  # of upper pages that all rows share
+        self.parts: Parts = ()  # of the others
         self.seen = 1.0  # the share of them that the last choice looked into
 
     def append(self, k: torch.Tensor) -> None:
@@ -35,7 +39,8 @@ class Found(Index):
         self.parts = tuple(torch.cat(pair, 2) for pair in held) or new
 
     def scores(self, q: torch.Tensor, bulk: Segment, count: int, reduced: Reduced) -> torch.Tensor:
-        upper = reduced(self.units.rule.score(q, self.parts, self.units.given))
+        each = [*self.shared, *([self.parts] if self.parts else [])]
+        upper = reduced(self.units.scored(q, each))
         coarse, pages = self.search["coarse"], upper.shape[3]
         taken = min(pages, max(round(self.search["share"] * pages), -(-count // coarse)))
         self.seen = taken / pages
@@ -44,11 +49,16 @@ class Found(Index):
 
     def looked_bytes(self, bulk: Segment) -> int:
         """Summaries of all upper pages, and of the units within those that were chosen."""
-        fine = sum(part.nbytes for part in self.units.parts)
-        return sum(part.nbytes for part in self.parts) + round(self.seen * fine)
+        return sum(part.nbytes for part in self.buffers()) + round(self.seen * self.units.summary_bytes())
+
+    def branch(self, units: Units) -> Found:
+        made = copy.copy(self)
+        made.units, made.shared, made.parts = units, [*self.shared, *([self.parts] if self.parts else [])], ()
+        return made
 
     def buffers(self) -> Iterator[torch.Tensor]:
-        yield from self.parts
+        for parts in (*self.shared, self.parts):
+            yield from parts
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.parts = tuple(part[rows] for part in self.parts)
