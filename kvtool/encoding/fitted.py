@@ -101,11 +101,18 @@ class Strongest(Fitted):
 
 @dataclass(frozen=True)
 class Spread(Fitted):
-    """Channels in order of their range, widest first (VidKV)."""
+    """The `wide` channels of the widest range, then the others, both in the order that they have in a head (VidKV)."""
+
+    wide: int
 
     def fit(self, x: torch.Tensor, q: torch.Tensor | None) -> Gather:
-        order = (x[0].amax(1) - x[0].amin(1)).argsort(dim=-1, descending=True, stable=True)
-        return Gather(order, x.shape[-1])
+        return Gather(widest(x[0].amax(1) - x[0].amin(1), self.wide), x.shape[-1])
+
+
+def widest(ranges: torch.Tensor, count: int) -> torch.Tensor:
+    """Ranges [K,D] of channels → int64 [K,D]: the `count` widest, then the others, both in ascending order."""
+    order = ranges.argsort(dim=-1, descending=True, stable=True)
+    return torch.cat([order[..., :count].sort(-1).values, order[..., count:].sort(-1).values], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from kvtool.measuring import gates
 from kvtool.methods._base import Context, Decision
 from kvtool.methods._gates import Training, given, split
 from kvtool.methods._gates import at as at
+from kvtool.options import at_least
 
 STATISTICS = ()
 MODEL = True
@@ -55,6 +56,9 @@ class Options:
     patience: int = 20
     own_full: bool = False
     gates: str = ""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "steps", "lengths", "passkeys")
 
 
 def calibrate(context: Context, options: Options) -> Decision:

@@ -7,8 +7,9 @@ Di et al., arXiv 2503.00540, ICLR 2025, for video: a block there is a frame.
     once, where the question ends, in each layer:   score_u = Σ over all query heads h of q̄_h · k̄_u,   read the best
     then: [ sinks | what was retrieved, in order | question, answer ], the same until the next question
 
-A question is what comes in one piece: after each prompt or chunk that is fed, the next decode step chooses anew. What
-leaves the recent entries while an answer is written is read too.
+A question is what comes in one piece: after each prompt or chunk that is fed, the next decode step chooses anew. One
+that is asked after the prompt's end was told is a chunk of its own. What leaves the recent entries while an answer is
+written is read too.
 
 `positions=contiguous` is the paper's: what is read gets fresh positions side by side, so that no distance says how much
 was left out. `positions=original` leaves entries where they are, and composes with plans that drop entries, which the

@@ -10,8 +10,9 @@ channels do together. The scale stays 1/√D. Values stay whole, so that `pruned
 `mode=calibrated` takes the mean squares from texts and prunes the same channels in every prompt.
 
 Departures from the released code: one choice per KV head over all queries of its group, as the authors' version for a
-library of presses has it (theirs chooses for each query head, and holds a copy of the keys for each); new entries are
-pruned when they leave the window of `recent` ones, in the prompt's basis; any batch.
+library of presses has it (theirs chooses for each query head, and holds a copy of the keys for each); the keys that
+score are those that leave the window with the prompt, its recent ones, which stay whole, aside; new entries are pruned
+when they leave the window, in the prompt's basis; any batch.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Tao et al., arXiv 2503.16257.
 
-    keys: the channels with the widest range, a share `wide` of them, in 2 bits; the others together through a real
-    Fourier transform along the channels of a token, then one bit each: ±mean |x|      (groups of g tokens of a channel)
+    keys: the channels with the widest range, a share `wide` of them, in 2 bits; the others, in their own order, through
+    a real Fourier transform along the token, then one bit each: ±mean |x|             (groups of g tokens of a channel)
     values: t ∈ {−1, 0, 1}, t ≠ 0 where |x| > mean |x| / 2;  x̂ = s·t, s the mean |x| of those     (the same groups)
 
 Where the easy channels of a token resemble one another their energy gathers in few frequencies, and signs err less. The
@@ -26,7 +26,7 @@ import torch
 
 from kvtool.encoding.codecs import Affine, Codec, Levels, Split, Ternary
 from kvtool.encoding.encoding import Encoding
-from kvtool.encoding.fitted import Spread
+from kvtool.encoding.fitted import Spread, widest
 from kvtool.encoding.transforms import Gather, Linear, Transform
 from kvtool.methods._base import Context, Decision, share
 from kvtool.slots import Store
@@ -71,11 +71,10 @@ def calibrate(context: Context, options: Options) -> Decision:
     )
     after: tuple[Transform, ...] = (_frequencies(hard, easy),) if options.frequencies and easy else ()
     index = torch.zeros(g.layers, g.kv_heads, dtype=torch.int32)
-    orders: list[Transform] = [Spread()]
+    orders: list[Transform] = [Spread(hard)]
     if options.mode == "calibrated":
         seen = context.seen["channels"]
-        ranked = (seen["k.max"] - seen["k.min"]).argsort(dim=-1, descending=True, stable=True)  # [L,K,D]
-        orders = [Gather(order, g.head_dim) for order in ranked]
+        orders = [Gather(widest(ranges, hard), g.head_dim) for ranges in seen["k.max"] - seen["k.min"]]
         index += torch.arange(g.layers, dtype=torch.int32)[:, None]
     keys = tuple(Encoding(codec, (order, *after)) for order in orders)
     values = (Encoding(Ternary(options.group, "token")),) * len(keys)

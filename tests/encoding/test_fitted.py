@@ -52,7 +52,9 @@ def test_the_strongest_channels_are_those_of_queries_and_keys() -> None:
 
 def test_spread_puts_the_widest_first() -> None:
     x = torch.stack([torch.linspace(0, width, 5) for width in (1.0, 3.0, 2.0)], dim=-1)[None, None]
-    same(Spread().fit(x, None).index, torch.tensor([[1, 2, 0]]))
+    same(Spread(1).fit(x, None).index, torch.tensor([[1, 0, 2]]))
+    same(Spread(2).fit(x, None).index, torch.tensor([[1, 2, 0]]))
+    same(Spread(0).fit(x, None).index, torch.tensor([[0, 1, 2]]))
 
 
 @pytest.mark.parametrize("slices", [1, 2])

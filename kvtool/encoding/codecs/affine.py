@@ -18,7 +18,7 @@ class Affine(Codec):
     """x̂ = code·s + m with min–max ranges: `bits` 1–8, `group` entries of a channel (axis "token", as KIVI's keys) or
     channels of an entry (axis "channel", as its values) share s and m, which take 16 bits each.
 
-    `clip` shrinks the range before rounding (RotateKV). A group of equal numbers is exact.
+    `clip` shrinks both ends of the range before rounding (RotateKV). A group of equal numbers is exact, unless clipped.
     """
 
     bits: int
