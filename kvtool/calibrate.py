@@ -48,7 +48,7 @@ def calibrate(
 
     Raises InputError for an unknown option, a trace that lacks a statistic, or a model that the trace is not of.
     """
-    module = method(name)
+    module, name = method(name), registry.spelled(name)
     chosen = options.build(module.Options, settings, name)
     needed = reads(module, chosen)
     if needed:

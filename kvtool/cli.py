@@ -69,7 +69,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(args=expand(arguments, _options), prog_name="kvtool", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None when the shell closed it
+            sys.stdout.flush()
         if code == 130:  # typer turns a KeyboardInterrupt into this
             _fail("interrupted", 130)
         sys.exit(code or 0)
@@ -87,8 +88,16 @@ def main() -> None:
             raise
         if isinstance(error, InputError):
             _fail(str(error), 2)
-        known = isinstance(error, RunError)
-        _fail(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        _fail(_failure(error), 1)
+
+
+def _failure(error: Exception) -> str:
+    """What went wrong in a run whose input was good."""
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a device that went away
+        return f"cannot go on: {error.strerror}" + (f": {error.filename}" if error.filename else "")
+    return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
 def _usage(error: Any) -> str:

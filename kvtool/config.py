@@ -66,15 +66,16 @@ def _chosen(path: str, commands: Mapping[str, Options]) -> dict[str, dict[str, A
     chosen = {name: {o: v for o, v in _named(shared).items() if o in known} for name, known in commands.items()}
     for option in _named(shared):
         if not any(option in known for known in commands.values()):
-            everything = {spelling for known in commands.values() for spelling in known} | set(commands)
-            raise unknown(f"name in {path}", option, everything)
+            everything = {spelling.removeprefix("--") for known in commands.values() for spelling in known}
+            raise unknown(f"name in {path}", option.removeprefix("--"), everything | set(commands))
     for name in commands:
         section = values.get(name) or {}
         if not isinstance(section, dict):
             raise InputError(f"{path} gives {name} no options", got=repr(section), expected="option names with values")
         for option, value in _named(section).items():
             if option not in commands[name]:
-                raise unknown(f"option of {name} in {path}", option, commands[name])
+                known = [spelling.removeprefix("--") for spelling in commands[name]]
+                raise unknown(f"option of {name} in {path}", option.removeprefix("--"), known)
             chosen[name][option] = _joined(chosen[name].get(option), value)
     return chosen
 

@@ -32,9 +32,13 @@ class RunError(RuntimeError):
     """The run itself failed, or a `--fail-if` bound was broken: exit code 1."""
 
 
+MANY = 20  # names that are not listed when one of them is near
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that no registry holds, with the nearest known name as the remedy."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean {near[0]!r}?" if near else None
-    return InputError(f"unknown {kind}", got=repr(name), expected="one of " + ", ".join(known), remedy=remedy)
+    listed = None if near and len(known) > MANY else "one of " + ", ".join(known)
+    return InputError(f"unknown {kind}", got=repr(name), expected=listed, remedy=remedy)

@@ -1,7 +1,7 @@
 """Every box of the pipeline is one file: safetensors with a JSON header. This module reads and writes them.
 
 The header lives in the safetensors metadata under the key `kvtool` as one JSON document that always has `kind`
-("trace" or "plan"), `schema` (an integer) and `kvtool` (the version that wrote it). `-` stands for stdin and
+("trace", "plan", …), `schema` (an integer) and `kvtool` (the version that wrote it). `-` stands for stdin and
 stdout. A file appears under its own name only when it is whole: bytes go to a temporary name beside it, then rename.
 The bytes depend on the content alone, so equal inputs give equal files.
 
@@ -57,8 +57,8 @@ def _apart(tensors: Tensors) -> Tensors:
     return made
 
 
-def check_output(path: str | Path, *, force: bool = False) -> None:
-    """Fail before the work starts, not after it: is `path` free and its folder writable?"""
+def check_output(path: str | Path, *, force: bool = False, option: str = "-o") -> None:
+    """Fail before the work starts, not after it: is `path`, which `option` named, free and its folder writable?"""
     if str(path) == "-":
         return
     path = Path(path)
@@ -67,9 +67,9 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
     if is_stream(path):
         return
     if path.exists() and not force:
-        raise InputError(f"{path} exists already", remedy="choose another -o, or pass --force to overwrite it")
+        raise InputError(f"{path} exists already", remedy=f"choose another {option}, or pass --force to overwrite it")
     if path.parent.exists() and not path.parent.is_dir():
-        raise InputError("the output's folder is a file", got=path.parent, remedy="choose another -o")
+        raise InputError("the output's folder is a file", got=path.parent, remedy=f"choose another {option}")
     if not path.parent.is_dir():
         raise InputError(
             "the output's folder does not exist", got=path.parent, remedy=f"make it first: mkdir -p '{path.parent}'"
@@ -79,7 +79,13 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
         scratch.touch()
         scratch.unlink()
     except OSError as error:
-        raise InputError(f"cannot write {path}", got=error.strerror, remedy="choose another -o") from error
+        raise InputError(f"cannot write {path}", got=error.strerror, remedy=f"choose another {option}") from error
+
+
+def one_stdin(*sources: str | None) -> None:
+    """Raise InputError when more than one of these files is stdin, which can be read once."""
+    if sources.count("-") > 1:
+        raise InputError("stdin cannot carry two files", got=f"- {sources.count('-')} times", remedy="name the others")
 
 
 def replace(path: Path, payload: bytes) -> None:
@@ -117,6 +123,10 @@ def read(path: str | Path, *, kind: str | None = None, schema: int | None = None
     try:
         tensors = load_bytes(payload)
     except (SafetensorError, struct.error, ValueError, KeyError) as error:
+        if payload.lstrip()[:1] == b"{":
+            raise InputError(
+                f"{path} is JSON", expected="a trace, a plan or a snapshot", remedy="read it with jq"
+            ) from error
         raise InputError(
             f"{path} is not a whole safetensors file",
             got=str(error) or type(error).__name__,
@@ -158,7 +168,7 @@ def _header(path: str | Path, payload: bytes) -> Header:
         header = json.loads(metadata["kvtool"])
         header["kind"], header["schema"]
     except (KeyError, json.JSONDecodeError, TypeError) as error:
-        raise InputError(f"{path} was not written by kvtool", expected="a trace or a plan") from error
+        raise InputError(f"{path} was not written by kvtool", expected="a trace, a plan or a snapshot") from error
     return header
 
 

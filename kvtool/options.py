@@ -15,6 +15,9 @@ from typing import Any
 
 from kvtool.errors import InputError, unknown
 
+TRUTH = dict.fromkeys(("true", "yes", "1", "on"), True) | dict.fromkeys(("false", "no", "0", "off"), False)
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+
 
 def pairs(settings: list[str]) -> dict[str, str]:
     """["a=1", "b=2"] → {"a": "1", "b": "2"}; dashes in keys become underscores."""
@@ -50,18 +53,8 @@ def convert(value: Any, kind: Any, what: str) -> Any:
             raise unknown(f"value of {what}", str(value), [str(choice) for choice in inner])
         return value
     if kind is bool:
-        words = {
-            "true": True,
-            "yes": True,
-            "1": True,
-            "on": True,
-            "false": False,
-            "no": False,
-            "0": False,
-            "off": False,
-        }
-        if str(value).lower() in words:
-            return words[str(value).lower()]
+        if str(value).lower() in TRUTH:
+            return TRUTH[str(value).lower()]
     else:
         try:
             made = kind(value.strip() if isinstance(value, str) else value)
@@ -69,7 +62,7 @@ def convert(value: Any, kind: Any, what: str) -> Any:
                 return made
         except (ValueError, TypeError, OverflowError):
             pass
-    raise InputError(f"bad {what}", got=repr(value), expected=f"a value of type {kind.__name__}")
+    raise InputError(f"bad {what}", got=repr(value), expected=WORDS.get(kind, f"a value of type {kind.__name__}"))
 
 
 def at_least(low: int, options: Any, *names: str) -> None:

@@ -22,11 +22,16 @@ def names(folder: str) -> list[str]:
 
 def module(folder: str, name: str, kind: str) -> ModuleType:
     """Import one entry; raises InputError with a suggestion when there is none of that name."""
-    stem = name.replace("-", "_").lower()
+    stem = spelled(name).replace("-", "_")
     if stem.startswith("_") or not (ROOT / folder / f"{stem}.py").is_file():
         raise unknown(kind, name, names(folder))
     dotted = folder.replace("/", ".")
     return importlib.import_module(f"kvtool.{dotted}.{stem}")
+
+
+def spelled(name: str) -> str:
+    """A name as the user may type it → as the folder has it."""
+    return name.replace("_", "-").lower()
 
 
 def summary(folder: str, name: str) -> str:

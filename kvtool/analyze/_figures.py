@@ -14,6 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap, LogNorm, Normalize
     from matplotlib.figure import Figure
 
@@ -73,7 +74,10 @@ def heats(
     extent: tuple[float, float, float, float] | None = None,
     aspect: Literal["auto", "equal"] = "auto",
 ) -> None:
-    """Heat maps [rows, columns] by title, framed, with one scale and one colour bar; NaN stays white."""
+    """Heat maps [rows, columns] by title, framed, with one scale and one colour bar; NaN stays white. Without an extent
+    rows and columns are counted, as layers and heads are."""
+    from matplotlib.ticker import MaxNLocator
+
     images = [
         axis.imshow(values.numpy(), aspect=aspect, cmap=MAGNITUDE, norm=norm, extent=extent)
         for axis, values in zip(axes, matrices.values(), strict=True)
@@ -81,6 +85,8 @@ def heats(
     for axis, title in zip(axes, matrices, strict=True):
         axis.set_title(title)
         axis.spines[:].set_visible(True)
+        if extent is None:
+            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar(figure, images[0], axes, label)
 
 
@@ -133,12 +139,13 @@ def depth_bar(figure: Figure, axes: Sequence[Axes], layers: int) -> None:
     """The colour bar that goes with `depth`."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
     scale = ScalarMappable(Normalize(0, max(1, layers - 1)), depth(layers))
-    bar(figure, scale, axes, "layer")
+    bar(figure, scale, axes, "layer").locator = MaxNLocator(integer=True)
 
 
-def bar(figure: Figure, scale: Any, axes: Sequence[Axes], label: str) -> None:
+def bar(figure: Figure, scale: Any, axes: Sequence[Axes], label: str) -> Colorbar:
     """A slim colour bar to the right of `axes`."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, LogFormatter
@@ -148,3 +155,4 @@ def bar(figure: Figure, scale: Any, axes: Sequence[Axes], label: str) -> None:
     if isinstance(scale.norm, LogNorm):  # 0.1, 1, 10 and not powers
         made.formatter = FuncFormatter(lambda value, _: f"{value:g}")
         made.minorformatter = LogFormatter(minor_thresholds=(2, 1))
+    return made

@@ -137,7 +137,8 @@ def _row(scores: Scores, kinds: torch.Tensor, place: tuple[int, int], group: int
 def _summary(scores: Scores, chosen: torch.Tensor, name: str) -> tuple[Cell, ...]:
     """How many heads are of a class, and their mean scores."""
     cells = [cell(scores[score][chosen].mean()) if score in scores else NOTHING for score in SCORES]
-    return (f"{int(chosen.sum())} heads", NOTHING, *cells, name)
+    count = int(chosen.sum())
+    return (f"{count} head{'s' * (count != 1)}", NOTHING, *cells, name)
 
 
 def _headline(scores: Scores, above: dict[str, int], order: list[tuple[int, int]]) -> str:

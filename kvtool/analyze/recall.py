@@ -2,7 +2,8 @@
 
     mass    attention that a choice finds, what is always read included: mean over rows, heads and layers
     bulk    of the attention beyond that, the share that it finds
-    looked  bytes read to choose, as a share of the keys and values that are chosen from
+    looked  bytes read to choose, as a share of the keys and values that are chosen from; where an index looks for the
+            best, more of them with a larger budget
 
 A choice of the entries with the largest attention (`token keys`) is the most that a budget can find with one choice per
 KV head; `recent` is what the newest entries find, without any choice. Budgets are shares of what is chosen from: bytes
@@ -19,7 +20,8 @@ import torch
 
 from kvtool.analyze import _figures as draw
 from kvtool.analyze._base import Finding, cell, observed, plain
-from kvtool.statistics.recall import BUDGETS, CHOICES
+from kvtool.statistics._choices import CHOICES
+from kvtool.statistics.recall import BUDGETS
 from kvtool.trace import Trace
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def find(trace: Trace) -> Finding:
     always = (statistic["always"] / rows)[whole]  # [L,K]
     bulk = (statistic["bulk"] / rows)[whole]
     chosen = (statistic["mass"] / rows)[whole]  # [L,K,choices,budgets]
-    looked = statistic["looked"] / statistic["counted"]
+    looked = statistic["looked"] / statistic["counted"]  # [choices,budgets]
     mass = always[..., None, None] + chosen
     beyond = chosen / bulk[..., None, None]
     by_layer = mass[..., MIDDLE].mean(1)  # [L,choices]
@@ -49,8 +51,9 @@ def find(trace: Trace) -> Finding:
         unit, _, summary = name.partition(" ")
         worst = int(by_layer[:, number].argmin())
         means = [cell(value, 3) for value in mass[:, :, number].mean((0, 1))]
-        table.append((unit, summary, cell(looked[number], 3), *means, cell(beyond[:, :, number, MIDDLE].mean(), 3),
-                      cell(by_layer[worst, number], 3), int(layers[worst])))  # fmt: skip
+        found = cell(beyond[:, :, number, MIDDLE].mean(), 3)
+        lowest = cell(by_layer[worst, number], 3)
+        table.append((unit, summary, cell(looked[number, MIDDLE], 3), *means, found, lowest, int(layers[worst])))
     data: dict[str, Any] = {
         "budgets": list(BUDGETS), "layers": layers.tolist(), "always": plain(always), "looked": plain(looked),
         "mass": {name: plain(mass[:, :, number]) for number, name in enumerate(names)},
@@ -64,8 +67,8 @@ def find(trace: Trace) -> Finding:
 
 
 def _headline(names: list[str], always: torch.Tensor, mass: torch.Tensor, looked: torch.Tensor) -> str:
-    """mass [choices,budgets]."""
-    at = mass[:, MIDDLE]
+    """mass, looked [choices,budgets]."""
+    at, looked = mass[:, MIDDLE], looked[:, MIDDLE]
     cheap = [name for name in names if 0 < looked[names.index(name)] < 0.25]  # that read less than they could
     best = max(cheap, key=lambda name: float(at[names.index(name)]))
     share = {name: f"{float(value):.1%}" for name, value in zip(names, at, strict=True)}
@@ -77,7 +80,7 @@ def _headline(names: list[str], always: torch.Tensor, mass: torch.Tensor, looked
 
 
 def _curves(names: list[str], looked: torch.Tensor, mass: torch.Tensor, figure: Figure) -> None:
-    """mass [choices,budgets] against all that is read."""
+    """mass [choices,budgets] against all that is read, which is more by looked [choices,budgets]."""
     (axis,) = draw.panels(figure, 1, 1, draw.WIDE, 3.2)
     for number, name in enumerate(names):
         look = {"color": draw.INKS[number % len(draw.INKS)], "linestyle": draw.DASHES[number // len(draw.INKS)]}
@@ -89,7 +92,7 @@ def _curves(names: list[str], looked: torch.Tensor, mass: torch.Tensor, figure: 
 
 def _layers(names: list[str], mass: torch.Tensor, figure: Figure) -> None:
     """mass [L,choices]."""
-    (axis,) = draw.panels(figure, 1, 1, draw.WIDE, 2.6)
+    (axis,) = draw.panels(figure, 1, 1, draw.WIDE, 3.2)
     draw.heats(figure, [axis], {f"attention found, budget {BUDGETS[MIDDLE]:g}": mass.T}, "share", draw.linear())
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel("layer with full attention")

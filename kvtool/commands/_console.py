@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,20 +31,44 @@ def note(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table; numbers are set right, text left."""
+    """A table; numbers are set right and never broken, text left. In a file or a pipe a row is a line, however long."""
     cells = [[_cell(value) for value in row] for row in rows]
+    numeric = [bool(cells) and all(_NUMBER.fullmatch(row[index]) for row in cells) for index in range(len(columns))]
+    room = console.width if console.is_terminal or "COLUMNS" in os.environ else sys.maxsize
+    view = _view(columns, cells, numeric)
+    if _extent(view).maximum > room:
+        heads = [_stacked(name, index, cells) if numeric[index] else name for index, name in enumerate(columns)]
+        view = _view(heads, cells, numeric)
+    extent = _extent(view)
+    view.width = min(extent.maximum, max(room, extent.minimum))  # a terminal that is narrower breaks lines by itself
     console.print(title, style="bold", markup=False, soft_wrap=True)
-    view = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
-    for index, name in enumerate(columns):
-        numeric = bool(cells) and all(_NUMBER.fullmatch(row[index]) for row in cells)
-        view.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
-        view.add_row(*row)
-    console.print(view)
+    with contextlib.nullcontext() if console.is_terminal else console.capture() as held:
+        console.print(view, crop=False)
+    if held is not None:
+        note("\n".join(line.rstrip() for line in held.get().splitlines()))
     console.print()
 
 
-_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?[×%]?( [kMG]?B| [mµ]?s)?|–|")
+def _view(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]) -> Table:
+    view = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
+    for name, fixed in zip(columns, numeric, strict=True):
+        view.add_column(name, justify="right" if fixed else "left", overflow="fold", no_wrap=fixed)
+    for row in cells:
+        view.add_row(*row)
+    return view
+
+
+def _extent(view: Table) -> Measurement:
+    return Measurement.get(console, console.options.update(width=sys.maxsize), view)
+
+
+def _stacked(name: str, index: int, cells: Sequence[Sequence[str]]) -> str:
+    """A column's name on as many lines as it takes not to be wider than its cells, or its longest word."""
+    words = name.split()
+    return "\n".join(textwrap.wrap(name, max(len(word) for word in [*words, "", *(row[index] for row in cells)]) or 1))
+
+
+_NUMBER = re.compile(r"[-+]?[\d.,]+(/[\d.,]+)*(e[-+]?\d+)?[×%]?( [kMG]?B| [mµ]?s)?|–|")
 
 
 def _cell(value: object) -> str:

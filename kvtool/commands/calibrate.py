@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvtool import files, options, trace
+from kvtool import files, options, registry, trace
 from kvtool.calibrate import calibrate, method, reads
 from kvtool.commands import _corpora
 from kvtool.commands._console import note, progress, slug
@@ -22,7 +22,7 @@ def run(
     force: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the record that `--json` prints."""
-    module = method(name)
+    module, name = method(name), registry.spelled(name)
     values = options.pairs(settings)
     needed = reads(module, options.build(module.Options, values, name))  # bad options are told before any work
     seen = trace.read(source) if _is_trace(source) else None

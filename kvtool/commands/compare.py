@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtool import files, options, trace
+from kvtool import files, options, registry, trace
 from kvtool.analyze._figures import style
 from kvtool.calibrate import method, reads
 from kvtool.commands import _corpora
@@ -119,7 +119,7 @@ def _job(request: Request) -> Job:
     tasks = names(request.tasks, "--tasks")
     methods = every_method() if request.methods == ALL else []
     if request.methods and not methods:
-        methods = [name.replace("_", "-").lower() for name in names(request.methods, "--methods")]
+        methods = [registry.spelled(name) for name in names(request.methods, "--methods")]
     if not methods and not request.plans:
         raise InputError("nothing to compare", remedy="name --methods, or a --plan")
     budgets, known = shares(request.budgets), [*methods, *tasks]

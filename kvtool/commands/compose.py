@@ -14,6 +14,7 @@ def run(paths: list[str], output: str, force: bool) -> dict[str, Any]:
     files.check_output(output, force=force)
     if len(paths) < 2:
         raise InputError("nothing to compose", got=f"{len(paths)} plan", expected="two or more")
+    files.one_stdin(*paths)
     joined = plan.compose(*[plan.read(find(path)) for path in paths])
     joined.write(output, force=force)
     return {"output": output, "kind": "plan", "method": joined.method, "slots": joined.slots}

@@ -106,7 +106,7 @@ def _check(request: Request) -> None:
     if request.figure is not None:
         if Path(request.figure).suffix not in FORMATS:
             raise InputError("bad --figure", got=request.figure, expected="a name that ends in " + " or ".join(FORMATS))
-        files.check_output(request.figure, force=request.force)
+        files.check_output(request.figure, force=request.force, option="--figure")
 
 
 def _record(

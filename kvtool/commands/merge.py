@@ -13,6 +13,7 @@ def run(paths: list[str], output: str, force: bool) -> dict[str, Any]:
     files.check_output(output, force=force)
     if len(paths) < 2:
         raise InputError("nothing to merge", got=f"{len(paths)} trace", expected="two or more")
+    files.one_stdin(*paths)
     total = trace.read(paths[0])
     for path in paths[1:]:
         total.merge(trace.read(path))

@@ -32,4 +32,5 @@ def run(name: str | None, what: str) -> dict[str, Any]:
     note(f"\nNeeds {' and '.join(needs) or 'only the geometry of a model'}.\n")
     described = options.describe(module.Options)
     table("options (--set name=value)", ("name", "default", "meaning"), described)
-    return {"method": name, "statistics": list(module.STATISTICS), "model": module.MODEL, "options": described}
+    name, needed = registry.spelled(name), list(module.STATISTICS)
+    return {"method": name, "statistics": needed, "model": module.MODEL, "options": described}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from kvtool.slots import Draft
 def run(
     name: str, plan_path: str, tasks: str, settings: list[str], strict: bool, chunk: int, bounds: list[str],
     output: str | None, seed: int, device: str, dtype: str, force: bool, draft: int | None = None,
+    grid: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Returns the record that `--json` prints, and the bounds that are broken. draft: the plan only drafts, so many
-    tokens a round."""
-    chosen = _tasks(tasks, settings)
+    tokens a round. grid: options of all tasks that have them; a task's own setting wins."""
+    chosen = _tasks(tasks, settings, grid or {})
     check(bounds, chosen)
     if chunk < 0:
         raise InputError("bad --chunk", got=chunk, expected="0 or more tokens")
@@ -52,7 +54,7 @@ def write(path: str, document: str) -> None:
     files.replace(Path(path), document.encode())
 
 
-def _tasks(tasks: str, settings: list[str]) -> dict[str, Any]:
+def _tasks(tasks: str, settings: list[str], grid: Mapping[str, str]) -> dict[str, Any]:
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise InputError("no tasks", expected="some of passkey,text,generation,speed")
@@ -60,7 +62,12 @@ def _tasks(tasks: str, settings: list[str]) -> dict[str, Any]:
     for scope in scoped:
         if scope not in names:
             raise InputError("a setting for a task that does not run", got=scope, expected="one of " + ", ".join(names))
-    return {name: options.build(task(name).Options, scoped.get(name, {}), name) for name in names}
+    known = {name: {field.name for field in fields(task(name).Options)} for name in names}
+    for option in grid:
+        if not any(option in known[name] for name in names):
+            raise InputError(f"--{option} for tasks that have none", got=", ".join(names), remedy="leave it out")
+    shared = {name: {option: value for option, value in grid.items() if option in known[name]} for name in names}
+    return {name: options.build(task(name).Options, shared[name] | scoped.get(name, {}), name) for name in names}
 
 
 def show(verdict: Verdict) -> None:

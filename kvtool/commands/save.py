@@ -26,11 +26,11 @@ def run(
     """Returns the record that `--json` prints."""
     if tokens < 0 or chunk < 0:
         raise InputError("bad --tokens or --chunk", got=f"{tokens} and {chunk}", expected="0 or more")
-    output = output or f"{'stdin' if document == '-' else Path(document).stem}.kv.safetensors"
+    files.one_stdin(document, prefix, plan_path)
+    title = "stdin" if document == "-" else document
+    output = output or f"{Path(title).stem}.kv.safetensors"
     files.check_output(output, force=force)
     chosen = None if plan_path is None else plan.read(find(plan_path))
-    if document == "-" and prefix == "-":
-        raise InputError("stdin cannot carry the document and its prefix", got="- twice", remedy="name one of them")
     text, before = _text(document), "" if prefix is None else _text(prefix)
     model = load(name, dtype=dtype, device=device)
     first = torch.tensor([*model.start, *model.ids(before).tolist()] if before else [], dtype=torch.long)
@@ -41,12 +41,12 @@ def run(
     documents.after(model, cache, shared)
     with progress("save", -(-len(ids) // (chunk or max(1, len(ids))))) as advance:
         documents.read(model, cache, ids, chunk, lambda: advance(""))
-    facts = snapshot.save(output, model, cache, ids, prefix=first, document=document, force=force)
+    facts = snapshot.save(output, model, cache, ids, prefix=first, document=title, force=force)
     size = None if output == "-" or files.is_stream(Path(output)) else Path(output).stat().st_size
-    note(f"{document}: {len(ids)} tokens under {made.method}" + (f", after a prefix of {len(first)}" if before else ""))
+    note(f"{title}: {len(ids)} tokens under {made.method}" + (f", after a prefix of {len(first)}" if before else ""))
     sizes(facts.raw, facts.held, size)
     return {
-        "output": output, "kind": "snapshot", "method": made.method, "document": document, "tokens": len(ids),
+        "output": output, "kind": "snapshot", "method": made.method, "document": title, "tokens": len(ids),
         "prefix": len(first), "identity": facts.identity,
         "bytes": {"raw": facts.raw, "held": facts.held, "file": size},
     }  # fmt: skip

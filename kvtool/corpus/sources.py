@@ -36,24 +36,41 @@ def documents(source: str, *, field: str = "text", half: str | None = None) -> l
     return found
 
 
-def _file(path: Path, field: str) -> list[str]:
+def lines(source: str, *, field: str) -> list[str]:
+    """The lines of a text file or of stdin, or the field of each line of JSON lines; those of white space left out."""
+    text = content(source)
+    rows = Path(source).suffix.lower() == ".jsonl" or _is_jsonl(text)
+    found = _lines(text, field, source) if rows else [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise InputError("an empty source", got=source, expected="text")
+    return found
+
+
+def content(source: str) -> str:
+    """The text of a file, or of stdin; raises InputError when it is missing or not UTF-8."""
+    if source == "-":
+        return _decoded(sys.stdin.buffer.read(), "stdin")
     try:
-        payload = path.read_bytes()
+        payload = Path(source).read_bytes()
     except FileNotFoundError as error:
-        raise InputError("no such text", got=path, expected="a file, a folder, - or default") from error
+        raise InputError("no such text", got=source, expected="a file, a folder, - or default") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}", got=error.strerror) from error
-    content = _decoded(payload, str(path))
-    return _lines(content, field, str(path)) if path.suffix.lower() == ".jsonl" else _whole(content)
+        raise InputError(f"cannot read {source}", got=error.strerror) from error
+    return _decoded(payload, source)
+
+
+def _file(path: Path, field: str) -> list[str]:
+    text = content(str(path))
+    return _lines(text, field, str(path)) if path.suffix.lower() == ".jsonl" else _whole(text)
 
 
 def _stdin(field: str) -> list[str]:
-    content = _decoded(sys.stdin.buffer.read(), "stdin")
-    return _lines(content, field, "stdin") if _is_jsonl(content) else _whole(content)
+    text = content("-")
+    return _lines(text, field, "stdin") if _is_jsonl(text) else _whole(text)
 
 
-def _whole(content: str) -> list[str]:
-    return [content] if content.strip() else []
+def _whole(text: str) -> list[str]:
+    return [text] if text.strip() else []
 
 
 def _decoded(payload: bytes, source: str) -> str:
@@ -68,19 +85,19 @@ def _decoded(payload: bytes, source: str) -> str:
         ) from error
 
 
-def _is_jsonl(content: str) -> bool:
+def _is_jsonl(text: str) -> bool:
     """Is every line that is not blank a JSON object?"""
-    lines = [line for line in content.split("\n") if line.strip()]
+    found = [line for line in text.split("\n") if line.strip()]
     try:
-        return bool(lines) and all(isinstance(json.loads(line), dict) for line in lines)
+        return bool(found) and all(isinstance(json.loads(line), dict) for line in found)
     except json.JSONDecodeError:
         return False
 
 
-def _lines(content: str, field: str, source: str) -> list[str]:
+def _lines(text: str, field: str, source: str) -> list[str]:
     """The `field` of every line that is not blank; documents of white space are left out."""
     documents = []
-    for number, line in enumerate(content.split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -16,6 +16,7 @@ PANELS = (
     ("step", "decode step (ms)"),
     ("switch", "switch (ms)"),
 )
+ROOM = 0.28  # of the axis, between two labels
 SCALES = {"step": 1e3, "switch": 1e3}
 
 
@@ -30,9 +31,24 @@ def draw(figure: Figure, rows: Mapping[str, Sequence[dict[str, Any]]], even: Map
             ]  # no user at all has no logarithm
             axis.plot([x for x, _ in shown], [y for _, y in shown], label=name, **line(index))
         axis.set(xscale="log", yscale="log", title=label, xlabel="context (tokens)")
-    tokens = [cost["tokens"] for costs in rows.values() for cost in costs]
+    tokens = sorted({cost["tokens"] for costs in rows.values() for cost in costs})
+    axes[0].set_xticks(places := _apart(tokens), [_short(place) for place in places])
+    axes[0].set_xticks([], minor=True)
     for index, name in enumerate(rows):
         where = even[name]
         if where is not None and min(tokens) <= where <= max(tokens):
             axes[2].axvline(where, color=line(index)["color"], linewidth=0.6, linestyle=(0, (4, 3)))
     axes[0].legend()
+
+
+def _apart(tokens: Sequence[int]) -> list[int]:
+    """Of rising lengths, those that are labelled: few enough to be read on a logarithmic axis."""
+    chosen = [tokens[0]]
+    for length in tokens[1:]:
+        if length >= chosen[-1] * (tokens[-1] / tokens[0]) ** ROOM:
+            chosen.append(length)
+    return chosen
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens / 1000:g}k" if tokens >= 1000 else str(tokens)

@@ -11,7 +11,7 @@ from kvtool.parsing._shared import AsJson, Device, Dtype, Force, ModelName, Outp
 app = typer.Typer()
 
 
-@app.command(epilog=(
+@app.command(short_help="Read a document, and write its cache to a file.", epilog=(
     "\b\nExamples:"
     "\n  kvtool save smollm2 report.txt --plan smollm2.cachegen.plan.safetensors"
     "\n  kvtool save smollm2 default --tokens 1500 -o default.kv.safetensors"
@@ -43,32 +43,42 @@ def save(
     emit(record, as_json)
 
 
-@app.command(epilog=(
+@app.command(short_help="Go on from such files: print what the model writes.", epilog=(
     "\b\nExamples:"
     "\n  kvtool generate smollm2 report.kv.safetensors $'\\nIn short, the report says that'"
+    "\n  kvtool generate smollm2 report.kv.safetensors -p $'\\nWho wrote it?' -p $'\\nWhen?' --json"
     "\n  kvtool generate smollm2 a.kv.safetensors b.kv.safetensors $'\\nBoth say that' --plan ape.plan.safetensors"
 ))  # fmt: skip
 def generate(
     model: ModelName,
-    snapshots: Annotated[list[str], typer.Argument(
-        metavar="SNAPSHOT...", help="What kvtool save wrote, one document or several, in any order; - for stdin."
+    words: Annotated[list[str], typer.Argument(
+        metavar="SNAPSHOT... [PROMPT]",
+        help="What kvtool save wrote, one document or several, in any order; last the text that follows them, unless "
+        "options say it. Either may be - for stdin.",
     )],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text that follows the document; - for stdin.")],
+    prompt: Annotated[list[str], typer.Option(
+        "-p", "--prompt", metavar="TEXT", help="A text that follows the documents; repeatable."
+    )] = [],
+    prompts: Annotated[str | None, typer.Option(
+        metavar="FILE", help="Texts that follow the documents: a line each, or prompt in JSON lines; - for stdin."
+    )] = None,
     plan: Annotated[str | None, typer.Option(
         help="A plan for what follows the documents, and for how they take part: a file, - for stdin, or a name."
     )] = None,
     position: Annotated[str | None, typer.Option(
         metavar="MODE", help="Where several documents stand: shared (all where they were read) or contiguous."
     )] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate at most, for each prompt.")] = 64,
     device: Device = "cpu", dtype: Dtype = "float32", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Go on from a snapshot: print what the model writes after the document and a prompt, most likely token first.
 
     Several documents that were saved after one prefix are put together without being read again. The prefix alone,
     saved without a plan, may be among the files; else it is read anew.
+
+    Several prompts are answered at once, each as if it were alone; their texts are printed with an empty line between.
     """
     from kvtool.commands import generate as generate_command
 
-    record = generate_command.run(model, snapshots, prompt, plan, position, tokens, device, dtype)
-    print(document(record) if as_json else record["text"])
+    record = generate_command.run(model, words, prompt, prompts, plan, position, tokens, device, dtype)
+    print(document(record) if as_json else "\n\n".join(answer["text"] for answer in record["answers"]))

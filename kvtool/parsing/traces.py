@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvtool import registry
 from kvtool.parsing._shared import (
     AsJson,
     Device,
@@ -32,12 +33,16 @@ app = typer.Typer()
 def profile(
     model: ModelName,
     output: Output = None,
-    text: Annotated[list[str], typer.Option(help="Text files, folders, .jsonl, - (stdin), or default.")] = ["default"],
+    text: Annotated[list[str], typer.Option(
+        metavar="SOURCE", help="Text files, folders, .jsonl, - (stdin), or default; repeatable."
+    )] = ["default"],
     field: Annotated[str, typer.Option(help="Field of .jsonl lines that holds the text.")] = "text",
     tokens: Annotated[int, typer.Option(help="Tokens per text sample.")] = 2048,
     samples: Annotated[int, typer.Option(help="Number of text samples.")] = 4,
     cut: Annotated[str, typer.Option(help="pack documents end to end, or cut at documents.")] = "pack",
-    stat: Annotated[list[str], typer.Option(help="A statistic to take; repeatable. Default: all usual ones.")] = [],
+    stat: Annotated[list[str], typer.Option(
+        metavar="STATISTIC", help="A statistic to take; repeatable. Default: all usual ones. See methods --statistics."
+    )] = [],
     for_: Annotated[list[str], typer.Option("--for", metavar="METHOD", help="Take what these methods need.")] = [],
     weight: Annotated[str, typer.Option(help="How much a token counts: uniform, attention, rsq.")] = "uniform",
     settings: Settings = [],
@@ -64,7 +69,9 @@ def profile(
     emit(record, as_json)
 
 
-@app.command(epilog="\b\nExample: kvtool merge a.trace.safetensors b.trace.safetensors -o both.trace.safetensors")
+@app.command(short_help="Add traces of other samples up.", epilog=(
+    "\b\nExample: kvtool merge a.trace.safetensors b.trace.safetensors -o both.trace.safetensors"
+))  # fmt: skip
 def merge(
     traces: Annotated[list[str], typer.Argument(metavar="TRACE...", help="Traces of one model.")],
     output: Annotated[str, typer.Option("-o", "--output", help="File to write; - for stdout.")],
@@ -77,10 +84,14 @@ def merge(
     emit(merge_command.run(traces, output, force), as_json)
 
 
-@app.command(epilog="\b\nExample: kvtool analyze smollm2.trace.safetensors heads sinks --figures figures")
+@app.command(short_help="Say what a trace shows: tables, figures, JSON.", epilog=(
+    "\b\nExample: kvtool analyze smollm2.trace.safetensors heads sinks --figures figures"
+))  # fmt: skip
 def analyze(
-    trace: Annotated[str, typer.Argument(help="A trace; - for stdin.")],
-    findings: Annotated[list[str] | None, typer.Argument(help="heads, layers, spectra, channels, sinks.")] = None,
+    trace: Annotated[str, typer.Argument(metavar="TRACE", help="A trace; - for stdin.")],
+    findings: Annotated[list[str] | None, typer.Argument(
+        metavar="FINDINGS...", help=f"Some of {', '.join(registry.names('analyze'))}. Default: all that the trace has."
+    )] = None,
     figures: Annotated[str | None, typer.Option(metavar="DIR", help="Draw the figures into this folder.")] = None,
     force: Force = False,
     as_json: AsJson = False,

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
+from kvtool import registry
 from kvtool.errors import RunError
 from kvtool.parsing._shared import AsJson, Device, Dtype, Force, ModelName, Output, Seed, Settings, document
 
 app = typer.Typer()
 
 
-@app.command(epilog=(
+@app.command(short_help="Judge a plan: quality, bytes and speed against the full cache.", epilog=(
     "\b\nExamples:"
     "\n  kvtool replay smollm2 --plan smollm2.duo.plan.safetensors --lengths 1000 --fail-if 'recall<0.9'"
     "\n  kvtool replay smollm2 --plan duo.plan --tasks text,speed --set text.tokens=128 --json"
@@ -21,10 +22,12 @@ app = typer.Typer()
 def replay(
     model: ModelName,
     plan: Annotated[str, typer.Option(help="A plan, - for stdin, or the name of one in calibrations/.")],
-    tasks: Annotated[str, typer.Option(help="What to measure.")] = "passkey,text,generation,speed",
-    lengths: Annotated[str | None, typer.Option(help="Prompt lengths of the passkey grid, tokens.")] = None,
-    depths: Annotated[str | None, typer.Option(help="Depths of the passkey grid, 0 to 1.")] = None,
-    keys: Annotated[int | None, typer.Option(help="Keys per point of the grid.")] = None,
+    tasks: Annotated[str, typer.Option(
+        help=f"What to measure, of {', '.join(registry.names('replay/tasks'))}."
+    )] = "passkey,text,generation,speed",
+    lengths: Annotated[str | None, typer.Option(help="Prompt lengths, tokens, of tasks that have several.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Depths, 0 to 1, of tasks that hide something.")] = None,
+    keys: Annotated[int | None, typer.Option(help="Keys per length and depth of the passkey grid.")] = None,
     draft: Annotated[int | None, typer.Option(
         metavar="TOKENS", help="The plan only drafts, so many tokens a round; the full cache verifies."
     )] = None,
@@ -41,11 +44,11 @@ def replay(
     """
     from kvtool.commands import replay as replay_command
 
-    grid = (("passkey.lengths", lengths), ("passkey.depths", depths), ("passkey.keys", keys))
-    chosen = settings + [f"{key}={value}" for key, value in grid if value is not None]
+    grid = {"lengths": lengths, "depths": depths, "keys": keys}
     record, broken = replay_command.run(
-        model, plan, tasks, chosen, strict, chunk, fail_if, output, seed, device, dtype, force, draft
-    )
+        model, plan, tasks, settings, strict, chunk, fail_if, output, seed, device, dtype, force, draft,
+        {name: str(value) for name, value in grid.items() if value is not None},
+    )  # fmt: skip
     if output is not None and output != "-":
         replay_command.write(output, document(record, indent=1))
     if as_json or output == "-":
@@ -56,7 +59,7 @@ def replay(
         raise RunError("broken bound: " + "; ".join(broken))
 
 
-@app.command(epilog=(
+@app.command(short_help="Run many methods on the same prompts: one scoreboard.", epilog=(
     "\b\nExamples:"
     "\n  kvtool compare smollm2 --methods snapkv,streaming,kivi --budgets 0.5,0.25,0.1 -o scoreboard"
     "\n  kvtool compare smollm2 --methods all --lengths 1000,4000 -o scoreboard --resume"
@@ -66,7 +69,7 @@ def compare(
     model: ModelName,
     methods: Annotated[str, typer.Option(help="Methods, like snapkv,kivi; or all. See kvtool methods.")] = "",
     budgets: Annotated[str, typer.Option(help="Shares of the full cache's bytes, 0 to 1.")] = "0.5,0.25,0.1",
-    plan: Annotated[list[str], typer.Option(help="A ready plan to compare too; repeatable.")] = [],
+    plan: Annotated[list[str], typer.Option(metavar="PLAN", help="A ready plan to compare too; repeatable.")] = [],
     tasks: Annotated[str, typer.Option(help="What to measure.")] = "text,passkey,needle,two-hop",
     lengths: Annotated[str, typer.Option(help="Prompt lengths, tokens.")] = "1000",
     ask: Annotated[str, typer.Option(help="Is the question known at compression, asked after it, or both?")] = (
@@ -105,7 +108,7 @@ def compare(
         raise RunError("failed: " + ", ".join(record["failed"]))
 
 
-@app.command(epilog=(
+@app.command(short_help="Say what serving costs on hardware that need not be here.", epilog=(
     "\b\nExamples:"
     "\n  kvtool cost smollm2 --plan smollm2.duo-50 --hardware h200 --lengths 4000,32000,128000"
     "\n  kvtool cost ./model --plan kivi.plan --hardware my-gpu.yaml --batch 16 --figure cost.png"

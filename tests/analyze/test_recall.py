@@ -7,11 +7,13 @@ import torch
 
 from kvtool.analyze import recall
 from kvtool.errors import InputError
-from kvtool.statistics.recall import BUDGETS, CHOICES
+from kvtool.statistics._choices import CHOICES
+from kvtool.statistics.recall import BUDGETS
 from kvtool.trace import Trace
 from tests.analyze.traces import TOKENS, blank
 
 NAMES = list(CHOICES)
+LOOKED = torch.arange(len(NAMES)).double() / 50  # at a budget of 0.1
 
 
 def planted() -> Trace:
@@ -26,7 +28,7 @@ def planted() -> Trace:
     shares = torch.arange(len(NAMES))[:, None] / 100 + torch.tensor(BUDGETS)
     seen["mass"] += 0.75 * TOKENS * shares.double()
     seen["mass"][1] = 0
-    seen["looked"] += 3 * torch.arange(len(NAMES)).double() / 50
+    seen["looked"] += 3 * LOOKED[:, None] * torch.tensor([0.5, 0.75, 1.0, 1.25])
     return trace
 
 
@@ -37,7 +39,7 @@ def test_the_planted_shares() -> None:
     number = NAMES.index("page-16 mean")
     line = lines["page-16 mean"]
     share = number / 100 + 0.1
-    assert line["looked"] == round(number / 50, 3)
+    assert line["looked"] == round(float(LOOKED[number]), 3)
     assert line["at 0.1"] == round(0.25 + 0.75 * share * 2 / 3, 3)
     assert line["bulk 0.1"] == round(share * 2 / 3, 3)
     assert (line["worst"], line["layer"]) == (0.25, 1)
@@ -45,7 +47,7 @@ def test_the_planted_shares() -> None:
 
 def test_the_headline_names_the_best_of_the_cheap() -> None:
     headline = recall.find(planted()).headline
-    best = max(number for number in range(len(NAMES)) if number / 50 < 0.25)
+    best = max(number for number in range(len(NAMES)) if LOOKED[number] < 0.25)
     assert NAMES[best] in headline
     assert "25.0% being on what is always read" in headline
 

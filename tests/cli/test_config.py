@@ -120,9 +120,9 @@ def test_settings_with_dashes(model: Path, induction: Path, here: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sed: 1", ["c.yaml", "--sed", "id you mean '--seed'"]),
-        ("profile: {tokns: 3}", ["profile in c.yaml", "--tokns", "id you mean '--tokens'"]),
-        ("replay: {tokens: 3}", ["replay in c.yaml", "--tokens"]),
+        ("sed: 1", ["c.yaml", "got 'sed'", "id you mean 'seed'"]),
+        ("profile: {tokns: 3}", ["profile in c.yaml", "got 'tokns'", "id you mean 'tokens'"]),
+        ("replay: {tokens: 3}", ["replay in c.yaml", "got 'tokens'"]),
         ("profile: 3", ["c.yaml gives profile no options", "3"]),
         ("profile: {force: 3}", ["--force in c.yaml", "3", "true or false"]),
         ("profile: {tokens: true}", ["--tokens in c.yaml", "True"]),

@@ -52,7 +52,8 @@ def kept(shelf: Path, model: Path, coded: Path) -> dict[str, Path]:
 
 def written(model: Path, kept: dict[str, Path], names: str, *options: object) -> list[int]:
     paths = [kept[name] for name in names.split()]
-    ids: list[int] = kv("generate", model, *paths, QUESTION, "--tokens", "8", "--json", *options).fine().document["ids"]
+    ran = kv("generate", model, *paths, QUESTION, "--tokens", "8", "--json", *options).fine()
+    ids: list[int] = ran.document["answers"][0]["ids"]
     return ids
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -40,17 +42,19 @@ NAMES = [
     ("replay {model} --plan {plan} --fail-if recal<0.9", ["recal", NEAR, "'recall'"]),
     ("replay {model} --plan {plan} --tasks speed --fail-if recall<0.9", ["recall", "bytes_ratio"]),
     ("methods raser", ["raser", NEAR, "'razor'"]),
+    ("methods razor --probes", ["one thing at a time", "razor --probes"]),
+    ("methods --statistics --probes", ["one thing at a time"]),
     ("analyze {trace} spectrum", ["spectrum", NEAR, "'spectra'"]),
 ]
 VALUES = [
     ("profile {model} --set needle", ["'needle'", "key=value"]),
     ("profile {model} --set =3", ["'=3'", "key=value"]),
     ("profile {model} --set lengths=300", ["lengths=300", "what.option=value"]),
-    ("profile {model} --set needle.lengths=long", ["lengths of needle", "'long'", "int"]),
+    ("profile {model} --set needle.lengths=long", ["lengths of needle", "'long'", "a whole number"]),
     ("profile {model} --set needle.lengths=", ["lengths of needle", "one value or more"]),
-    ("profile {model} --set needle.depths=deep", ["depths of needle", "'deep'", "float"]),
-    ("profile {model} --set needle.samples=1.5", ["samples of needle", "'1.5'", "int"]),
-    ("profile {model} --set repeat.high=top", ["high of repeat", "'top'", "int"]),
+    ("profile {model} --set needle.depths=deep", ["depths of needle", "'deep'", "a number"]),
+    ("profile {model} --set needle.samples=1.5", ["samples of needle", "'1.5'", "a whole number"]),
+    ("profile {model} --set repeat.high=top", ["high of repeat", "'top'", "a whole number"]),
     ("profile {model} --set repeat.high=999", ["token ids", "257"]),
     ("profile {model} --set needle.lengths=9", ["too short", "9 tokens"]),
     ("profile {model} --set needle.depths=2 --set needle.lengths=300", ["depth", "0 to 1"]),
@@ -59,17 +63,21 @@ VALUES = [
     ("profile {model} --cut packs", ["'packs'", "documents"]),
     ("profile {model} --dtype float31", ["float31", "float32"]),
     ("profile {model} --device toaster", ["toaster", "cpu"]),
-    ("calibrate {trace} --method razor --set recent=x", ["recent of razor", "'x'", "int"]),
+    ("calibrate {trace} --method razor --set recent=x", ["recent of razor", "'x'", "a whole number"]),
     ("calibrate {trace} --method razor --set compensate=perhaps", ["compensate of razor", "'perhaps'"]),
     ("calibrate {trace} --method razor --set induction=nan", ["induction of razor", "'nan'"]),
     ("calibrate {trace} --method razor --set induction=2", ["induction", "0 to 1"]),
     ("calibrate {trace} --method streaming --set position=middle", ["position", "'middle'", "original, reindex"]),
     ("calibrate {model} --method duo --lengths ,", ["lengths of duo", "one value or more"]),
+    ("calibrate {model} --method duo --steps 0", ["steps", "got 0", "1 or more"]),
+    ("calibrate {model} --method duo --lengths 300,-5", ["lengths", "1 or more"]),
     ("replay {model} --plan {plan} --fail-if recall=1", ["'recall=1'", "recall<0.9"]),
     ("replay {model} --plan {plan} --fail-if recall<nan", ["'recall<nan'"]),
     ("replay {model} --plan {plan} --tasks ,", ["no tasks"]),
     ("replay {model} --plan {plan} --lengths long", ["lengths of passkey", "'long'"]),
     ("replay {model} --plan {plan} --keys 0", ["keys", "1 or more"]),
+    ("replay {model} --plan {plan} --tasks text --lengths 400", ["--lengths", "none", "text"]),
+    ("replay {model} --plan {plan} --tasks needle,text --keys 1", ["--keys", "none", "needle, text"]),
     ("replay {model} --plan {plan} --set passkey.batch=0", ["batch", "1 or more"]),
     ("replay {model} --plan {plan} --set speed.steps=0", ["steps", "1 or more"]),
     ("replay {model} --plan {plan} --set text.tokens=0", ["tokens", "1 or more"]),
@@ -84,6 +92,10 @@ FILES = [
     ("inspect {empty}", ["empty.trace", "not a whole safetensors file"]),
     ("inspect {latin}", ["latin.txt", "not a whole safetensors file"]),
     ("inspect {foreign}", ["foreign.safetensors", "not written by kvtool"]),
+    ("inspect {lines}", ["lines.jsonl is JSON", "jq"]),
+    ("merge - - -o out", ["stdin cannot carry two files", "2 times"]),
+    ("compose - {plan} - -o out", ["stdin cannot carry two files"]),
+    ("save {model} - --plan -", ["stdin cannot carry two files"]),
     ("inspect {model}/model.safetensors", ["not written by kvtool"]),
     ("calibrate nowhere.trace --method razor", ["no such trace", "nowhere.trace"]),
     ("calibrate {truncated} --method razor", ["truncated.trace", "not a whole safetensors file"]),
@@ -113,8 +125,9 @@ MODELS = [
     ("profile ./nowhere", ["no such model folder", "./nowhere"]),
     ("profile nowhere", ["cannot load the model 'nowhere'"]),
     ("profile nowhere.gguf", ["no such GGUF file", "nowhere.gguf"]),
-    ("profile {shelf}", ["cannot load the model"]),
-    ("profile {plan}", ["cannot load the model", "razor.plan"]),
+    ("profile {shelf}", ["cannot load the model", "a folder without config.json"]),
+    ("profile {plan}", ["cannot load the model", "razor.plan", "another kind of file"]),
+    ("profile ''", ["cannot load the model ''", "a folder without config.json"]),
     ("profile {nan_model}", ["NaN", "up_proj"]),
     ("replay {nan_model} --plan {plan}", ["NaN", "up_proj"]),
     ("calibrate {nan_model} --method duo", ["NaN", "up_proj"]),
@@ -140,6 +153,7 @@ OUTPUTS = [
     ("compose {plan} {lossless} -o {plan}", ["exists already", "--force"]),
     ("replay {model} --plan {plan} -o /proc/a.json", ["cannot write /proc/a.json"]),
     ("replay {model} --plan {plan} -o {plan}", ["exists already", "--force"]),
+    ("cost {model} --hardware h200 --figure {figure}", ["exists already", "another --figure", "--force"]),
 ]
 RAW = [
     ("profile {model} --raw k,w", ["'w'", "attention, k, q, v"]),
@@ -167,6 +181,8 @@ def places(shelf: Path, model: Path, induction: Path, second: Path, plan: Path, 
         "lines": shelf / "lines.jsonl",
     }
     made |= {name: shelf / f"{name}.txt" for name in ("short", "latin")}
+    made["figure"] = shelf / "old.png"
+    made["figure"].write_bytes(b"")
     made["truncated"].write_bytes(induction.read_bytes()[:-9])
     made["empty"].write_bytes(b"")
     save_file({"weight": torch.ones(3)}, made["foreign"])
@@ -249,6 +265,22 @@ def test_an_unforeseen_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch) ->
     kv("methods").refused("ZeroDivisionError: first second", "--debug", code=1)
     with pytest.raises(ZeroDivisionError):
         kv("--debug", "methods")
+
+
+def test_a_long_list_is_left_out_where_a_name_is_near() -> None:
+    near, far = kv("methods", "raser"), kv("methods", "nothing-like-it")
+    assert "one of" not in near.err
+    assert len(near.err) < 80
+    assert "one of actqkv, adakv, " in far.err
+    assert "Did you mean" not in far.err
+
+
+def test_a_full_disk_is_one_line_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+    monkeypatch.setattr("kvtool.commands.methods.run", fill)
+    kv("methods").refused("cannot go on: No space left on device: a file", code=1)
 
 
 def test_a_task_refuses_before_the_others_run(model: Path, plan: Path, here: Path) -> None:

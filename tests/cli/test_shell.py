@@ -46,6 +46,11 @@ def test_a_failure_ends_the_pipe(tmp_path: Path) -> None:
     assert "nothing came on stdin" in ran.err
 
 
+def test_a_closed_stdout(plan: Path, tmp_path: Path) -> None:
+    ran = shell(f"kvtool inspect {shlex.quote(str(plan))} >&-", tmp_path).fine()
+    assert ran.err.splitlines()[0].endswith(" B") or "a plan" in ran.err
+
+
 @pytest.mark.parametrize("reader", ["true", "head -c 1"])
 def test_a_reader_that_leaves(reader: str, trace: Path, tmp_path: Path) -> None:
     ran = shell(f"kvtool inspect {shlex.quote(str(trace))} --json 2>log | {reader}", tmp_path)

@@ -53,7 +53,7 @@ def test_save_tells_its_bytes(model: Path, document: Path, coded: Path, here: Pa
 
 def test_the_full_cache_continues_like_the_model_itself(model: Path, document: Path, here: Path) -> None:
     kv("save", model, document, "-o", "full.kv").fine()
-    record = kv("generate", model, "full.kv", PROMPT, "--tokens", "12", "--json").fine().document
+    (record,) = kv("generate", model, "full.kv", PROMPT, "--tokens", "12", "--json").fine().document["answers"]
     loaded = load(str(model))
     ids = torch.cat([loaded.ids(TEXT), loaded.ids(PROMPT)])[None]
     expected = loaded.network.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
@@ -65,7 +65,7 @@ def test_the_full_cache_continues_like_the_model_itself(model: Path, document: P
 def test_a_plan_continues_like_its_own_cache(model: Path, snapshot: Path, coded: Path) -> None:
     from kvtool import plan
 
-    record = kv("generate", model, snapshot, PROMPT, "--tokens", "6", "--json").fine().document
+    (record,) = kv("generate", model, snapshot, PROMPT, "--tokens", "6", "--json").fine().document["answers"]
     loaded = load(str(model))
     cache = SegmentCache(loaded, plan.read(str(coded)), prompt_length=len(TEXT))
     with loaded.served(), torch.no_grad():
@@ -84,6 +84,12 @@ def test_a_pipe(model: Path, document: Path, coded: Path, snapshot: Path) -> Non
     assert ran.out == snapshot.read_bytes()
     there = kv("generate", model, "-", PROMPT, "--tokens", "4", stdin=ran.out).fine()
     assert there.out == kv("generate", model, snapshot, PROMPT, "--tokens", "4").fine().out
+
+
+def test_a_document_from_stdin_has_a_name(model: Path, here: Path) -> None:
+    ran = kv("save", model, "-", "--json", stdin=TEXT.encode()).fine()
+    assert (ran.document["output"], ran.document["document"]) == ("stdin.kv.safetensors", "stdin")
+    assert ran.err.startswith("stdin: ")
 
 
 def test_inspect_tells_a_snapshot(snapshot: Path) -> None:

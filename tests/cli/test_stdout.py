@@ -68,6 +68,12 @@ def test_names_by_default(model: Path, here: Path) -> None:
     assert files(here) == {trace, "tiny-llama.razor.plan.safetensors"}
 
 
+def test_a_method_has_one_name_however_it_is_typed(model: Path, here: Path) -> None:
+    assert kv("calibrate", model, "--method", "SnapKV").fine().text == "tiny-llama.snapkv.plan.safetensors"
+    assert kv("inspect", "tiny-llama.snapkv.plan.safetensors", "--json").document["method"] == "snapkv"
+    assert kv("methods", "Expected_Attention", "--json").fine().document["method"] == "expected-attention"
+
+
 def test_the_same_bytes_on_stdout(
     model: Path, induction: Path, second: Path, plan: Path, lossless: Path, here: Path
 ) -> None:
