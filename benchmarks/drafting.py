@@ -50,8 +50,11 @@ class Sums:
     seconds: float = 0.0
 
 
-def plans(model: Model, names: list[str], budgets: list[float], drafted: int) -> Iterator[tuple[str, float, Plan]]:
-    """Every method at every budget, as a draft of so many tokens a round."""
+def plans(
+    model: Model, names: list[str], budgets: list[float], drafted: int
+) -> Iterator[tuple[tuple[str, str], float, Plan]]:
+    """Every method at every budget, as a draft of so many tokens a round: one that drafts by itself, or `draft` over
+    the cache of one that does not."""
     for name in names:
         module = method(name)
         for budget in budgets:
@@ -64,7 +67,8 @@ def plans(model: Model, names: list[str], budgets: list[float], drafted: int) ->
             except (InputError, KeyError) as error:
                 print(f"{name} at {budget:g}: {error}", file=sys.stderr)
                 continue
-            yield name, budget, replace(made, draft=replace(made.draft or Draft(), tokens=drafted))
+            told = ("draft", f"`{name}`") if made.draft is None else (name, "")
+            yield told, budget, replace(made, draft=replace(made.draft or Draft(), tokens=drafted))
 
 
 def reference(subject: Subject, prompt: torch.Tensor, steps: int) -> tuple[torch.Tensor, list[bool]]:
@@ -121,7 +125,7 @@ def main() -> None:
         expected = [reference(full, sample.tokens[None], chosen.tokens) for sample in samples]
         print(f"reference: {sum(sum(near) for _, near in expected)} near ties", file=sys.stderr)
         budgets = [float(share) for share in chosen.budgets.split(",")]
-        for name, budget, made in plans(model, chosen.methods.split(","), budgets, chosen.drafted):
+        for (name, over), budget, made in plans(model, chosen.methods.split(","), budgets, chosen.drafted):
             sums, subject = Sums(), Subject(model, made)
             parted = [
                 run(subject, sample.tokens[None], tokens, near, sums)
@@ -129,13 +133,14 @@ def main() -> None:
             ]
             total = chosen.tokens * len(samples)
             rows.append((
-                name, f"{budget:g}", f"{sums.held / len(samples):.3f}", f"{sums.accepted / max(1, sums.proposed):.3f}",
+                f"`{name}`", over, f"{budget:g}", f"{sums.held / len(samples):.3f}",
+                f"{sums.accepted / max(1, sums.proposed):.3f}",
                 f"{sums.hits / total:.3f}", f"{total / sums.passes:.2f}", f"{sums.same} of {total}", sums.ties,
                 "; ".join(parted), f"{sums.seconds:.0f} s",
             ))  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
     columns = (
-        "draft", "budget", "held ÷ full", "accepted", "forced", "tokens a pass", "tokens until a difference",
+        "method", "over", "budget", "held ÷ full", "accepted", "forced", "tokens a pass", "tokens until a difference",
         "near ties", "first difference", "time",
     )  # fmt: skip
     title = f"Drafting {chosen.drafted} tokens a round, greedy, {chosen.tokens} tokens after {chosen.prompt}"

@@ -94,6 +94,12 @@ case(
     ("transmla", {"budget": 0.5, "form": "roped", **WINDOW}),
 )
 case(
+    "Widths of keys and values (diffqkv)",
+    *(("diffqkv", {"budget": budget, **WINDOW}) for budget in (0.75, 0.5)),
+    *(("diffqkv", {"budget": 0.5, **more, **WINDOW}) for more in ({"unit": "side"}, {"unit": "head"})),
+    ("diffqkv", {"budget": 0.75, "cut": "channels", **WINDOW}),
+)
+case(
     "Rank across layers (xkv), at equal numbers stored",
     *(
         ("xkv", {"layers": layers, "rank_k": rank, "rank_v": rank, "mode": mode, **WINDOW})
@@ -115,4 +121,8 @@ case(
     *(("cachegen", {"level": level}) for level in (1, 2, 3)),
     ("cachegen", {"delta": True}),
 )
-case("Layers without attention (llm-drop)", *(("llm-drop", {"drop": count}) for count in (1, 2, 4)))
+case(
+    "Layers without attention (llm-drop)",
+    *(("llm-drop", {"drop": count}) for count in (1, 2, 4)),
+    *(("llm-drop", {"drop": count, "again": True}) for count in (2, 4)),
+)

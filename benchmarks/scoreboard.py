@@ -1,6 +1,7 @@
 """A scoreboard's JSON as a table for docs/scoreboard.md: python benchmarks/scoreboard.py scoreboard.json [LENGTH]
 
 It runs nothing; `kvtool compare` made the file. Rows stand by budget, then by what they recall. Recall is known/after.
+Acceptance is of greedy tokens / of drawn ones. There are columns for those tasks alone that were run.
 """
 
 from __future__ import annotations
@@ -11,23 +12,29 @@ from pathlib import Path
 from typing import Any
 
 RECALLED = ("passkey", "needle", "two-hop")
-TEXT = {"perplexity ×": "perplexity_ratio", "KL": "kl", "top-1": "agreement"}
+NUMBERS = {  # heading: task, metrics
+    "perplexity ×": ("text", "perplexity_ratio"),
+    "KL": ("text", "kl"),
+    "top-1": ("text", "agreement"),
+    "acceptance": ("acceptance", "acceptance", "sampled"),
+}
 
 
 def main(path: str, length: str | None) -> None:
     board = json.loads(Path(path).read_text())
     rows = [row for row in board["rows"] if not row["skipped"]]
     tasks = [task for task in RECALLED if any(_recalled(_found(row, length), task) for row in rows)]
-    columns = ("", "bytes", *tasks, *TEXT, "prefill ×", "calibration")
+    numbers = [name for name, (task, *_) in NUMBERS.items() if any(_tally(_found(row, length), task) for row in rows)]
+    columns = ("", "bytes", *tasks, *numbers, "prefill ×", "calibration")
     for cells in (columns, ["---"] * len(columns)):
         print(f"| {' | '.join(cells)} |")
     for row in sorted(rows, key=lambda row: _order(row, length)):
-        cells = _cells(row, length, tasks)
+        cells = _cells(row, length, tasks, numbers)
         print(f"| {' | '.join([*cells, *[''] * (len(columns) - len(cells))])} |")
 
 
 def _found(row: dict[str, Any], length: str | None) -> dict[str, Any]:
-    return row["all"] if length is None else row["lengths"].get(length, {})
+    return row.get("all", {}) if length is None else row.get("lengths", {}).get(length, {})
 
 
 def _order(row: dict[str, Any], length: str | None) -> tuple[float, float, str]:
@@ -36,19 +43,28 @@ def _order(row: dict[str, Any], length: str | None) -> tuple[float, float, str]:
     return -(row["budget"] or (2.0 if row["kind"] == "control" else 1.0)), -sum(quality), row["name"]
 
 
-def _cells(row: dict[str, Any], length: str | None, tasks: list[str]) -> list[str]:
+def _cells(row: dict[str, Any], length: str | None, tasks: list[str], numbers: list[str]) -> list[str]:
     found = _found(row, length)
     if row["error"] or not found:
         return [f"`{row['name']}`", row["error"] or "not run"]
-    text, seconds = found["known"].get("text", {}), row["calibration_seconds"]
+    seconds = row["calibration_seconds"]
     return [
         f"`{row['name']}`",
         f"{found['bytes_ratio']:.3f}",
         *(_recall(found, task) for task in tasks),
-        *(f"{text[name]:.3f}" if name in text else "" for name in TEXT.values()),
+        *(
+            "/".join(f"{_tally(found, task)[name]:.3f}" for name in names) if _tally(found, task) else ""
+            for task, *names in map(NUMBERS.__getitem__, numbers)
+        ),
         f"{found['prefill_ratio']:.2f}",
         "" if seconds is None else "none" if seconds < 1 else f"{seconds:.0f} s",
     ]
+
+
+def _tally(found: dict[str, Any], task: str) -> dict[str, Any]:
+    """Of a task without a question."""
+    tally: dict[str, Any] = found.get("known", {}).get(task, {})
+    return tally
 
 
 def _recall(found: dict[str, Any], task: str) -> str:

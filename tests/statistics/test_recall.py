@@ -12,7 +12,8 @@ from kvtool.corpus.base import Sample, gather
 from kvtool.model import Model
 from kvtool.rotary import NONE
 from kvtool.statistics._base import States
-from kvtool.statistics.recall import BUDGETS, CHOICES, RECENT, ROWS, SINK, Recall
+from kvtool.statistics._choices import CHOICES, GRAPH, PAGES, Choice, Ranking
+from kvtool.statistics.recall import BUDGETS, RECENT, ROWS, SINK, Recall
 from tests import models
 from tests.models import random_ids
 from tests.statistics.naive import Seen, written_down
@@ -95,8 +96,9 @@ def test_one_entry_is_hidden_from_its_page_but_not_from_its_bound() -> None:
     k[at - 3 : at + 13, 0] = -3.0
     k[at, 0] = 30.0
     share = planted(k, torch.eye(8)[0]).share
-    for name in ("token keys", "token own-channels", "token channels", "token low-rank", "page-16 minmax"):
-        assert bool((share[name] > 0.999).all()), name
+    for name in NAMES:
+        if name.startswith("token") or name in ("page-16 minmax", "page-16 between", "page-16 between-pages"):
+            assert bool((share[name] > 0.999).all()), name
     assert bool((share["page-16 mean"] < 0.001).all())
     assert float(share["cluster-16 mean"][-1]) > 0.999  # a budget that ends within the cluster may miss it
     assert bool((share["recent"] < 0.001).all())
@@ -104,25 +106,64 @@ def test_one_entry_is_hidden_from_its_page_but_not_from_its_bound() -> None:
 
 def test_neighbours_that_are_alike_are_found_by_their_mean() -> None:
     k = 0.01 * torch.randn(TOKENS, 8, generator=torch.Generator().manual_seed(0))
+    k[:, 0] -= 0.1  # the others point the other way, so that a run begins where these do
     k[SINK + 64 : SINK + 80, 0] = 20.0
     share = planted(k, torch.eye(8)[0]).share
     assert bool((share["page-16 mean"] > 0.999).all())
+    assert float(share["run-16 mean"][-1]) > 0.999
+    assert float(share["run-16 root-mean"][-1]) > 0.999
     assert float(share["page-64 mean"][-1]) > 0.999
     assert float(share["token keys"][0]) < 0.25  # 3 of 16 at a budget of 0.02
     assert float(share["token keys"][-1]) > 0.999
 
 
+def test_keys_that_were_attended_stand_for_a_page_whose_mean_says_nothing() -> None:
+    k = 0.01 * torch.randn(TOKENS, 8, generator=torch.Generator().manual_seed(0))
+    at = SINK + 96
+    k[at : at + 12, 0] = -8.0
+    k[at + 12 : at + 16, 0] = 15.0
+    share = planted(k, torch.eye(8)[0]).share
+    assert bool((share["page-16 attended"] > 0.999).all())
+    assert bool((share["page-16 mean"] < 0.001).all())
+
+
+@pytest.mark.parametrize(
+    ("choice", "same_as"),
+    [
+        (Choice("page", 1, "keys", index="cluster", search={"entries": 16, "scan": 1.0}), "token keys"),
+        (Choice("page", 1, "keys", index="graph", search=GRAPH | {"ef": 128}), "token keys"),
+        (Choice("page", 16, "between", index="pages", search=PAGES | {"share": 1.0}), "page-16 between"),
+    ],
+)
+def test_an_index_that_looks_at_everything_finds_what_the_summary_finds(choice: Choice, same_as: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    geometry = models.shared("llama").geometry
+    q, k = (torch.randn(heads, TOKENS, 8, generator=g) for heads in (geometry.query_heads, geometry.kv_heads))
+    view = States(0, q, k, k, 0.5, None, None, NONE, None, Sample(torch.arange(TOKENS), "text"))
+    known = CHOICES[same_as]
+    assert known is not None
+    made, expected = (Ranking(view, each, FIRST, SINK, END) for each in (choice, known))
+    for count in (1, 3, 8):
+        same(made.best(count)[0], expected.best(count)[0])
+
+
 def test_what_is_looked_at(llama: Model) -> None:
     """Shares of keys and values: 8 channels, of which narrow summaries look at one, 3 query heads to a KV head."""
     found, _ = seen("llama")
-    looked = dict(zip(NAMES, (found["looked"] / found["counted"]).tolist(), strict=True))
+    shares = found["looked"] / found["counted"]
+    looked = dict(zip(NAMES, shares[:, 0].tolist(), strict=True))
+    for number, name in enumerate(NAMES):  # only a search for entries looks at more if it must find more
+        assert name in ("token clusters", "token graph") or bool((shares[number] == looked[name]).all())
     group = llama.geometry.group
     assert looked["recent"] == 0
     assert looked["token keys"] == 1 / 2
     assert looked["token own-channels"] == group / 8 / 2
     assert looked["token channels"] == looked["token low-rank"] == 1 / 8 / 2
     assert looked["page-16 minmax"] == 2 / 16 / 2
+    assert looked["page-16 between"] == looked["page-16 mean"] == looked["page-16 attended"] == 1 / 16 / 2
+    assert looked["page-16 between-pages"] == (1 / 32 + 1 / 2 / 16) / 2
     assert looked["page-64 mean"] == 1 / 64 / 2
+    assert looked["run-16 mean"] == 1 / 16 / 2
     assert looked["cluster-16 mean"] == 1 / 16 / 2
 
 
