@@ -190,7 +190,7 @@ class _Observer:
     def _rows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attention) -> Summary:
         """Attention with its sums, which are gone once the listeners have seen them."""
         first = (self.sample.period or 0) + len(self.sample.tokens) % (self.sample.period or 1)
-        with self.watch.clock("(attention)"):
+        with self.watch.clock("shared: attention"):
             summary: Summary = attention_statistics(
                 q[0], k[0], v[0], scale=call.scale, cells=self.watch.cells(), first=first, window=call.window,
                 softcap=call.softcap, sink_logits=call.sink_logits,
