@@ -312,12 +312,12 @@ class Bulk(Lane):
         grafted = self.bulk.before if isinstance(self.bulk, Grafted) else 0
         return sum(segment.length for segment in self.shared) + grafted
 
-    def settle(self) -> None:
+    def settle(self, strict: bool) -> None:
         """The prompt is in: what still waits for its end goes on."""
         if not self.finished:
             self.finish()
         if self.reader is not None:
-            self.reader.settle(self.bulk)
+            self.reader.settle(self.bulk, strict)
 
     def finish(self) -> None:
         """The prompt is in."""

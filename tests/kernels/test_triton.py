@@ -79,7 +79,9 @@ def test_any_number_of_splits(programs: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.values in ("normal", "constant", "tiny", "huge")], ids=str
+    "case",
+    [case for case in CASES if case.values in ("normal", "constant", "tiny", "huge") and not case.side.outliers],
+    ids=str,
 )
 def test_codes_bit_for_bit(case: Coding) -> None:
     dtype = torch.float16 if case.side.bits % 2 else torch.float32

@@ -60,7 +60,7 @@ def test_methods(case: str, length: int, protocol: str, llama: Model) -> None:
     model, plan = on(case, llama)
     stepping = plan.keep is not None and plan.keep.select is not None and plan.keep.select.when == "step"
     written_again = plan.store is not None and len(plan.store.chain) > 1
-    short = plan.store is not None and plan.store.fits and length <= plan.store.recent
+    short = plan.store is not None and plan.store.fits and not plan.store.once and length <= plan.store.recent
     index = None if plan.read is None else plan.read.index
     if index in ("graph", "cluster") or stepping or across(plan) or written_again or short:
         with pytest.raises(InputError, match=r"cannot be shared|written as one|nothing to fit"):

@@ -97,9 +97,10 @@ class Reader:
         made.index = None if self.index is None else self.index.branch(made.units)
         return made
 
-    def settle(self, bulk: Segment) -> None:
-        """The prompt is in: make of the bulk's entries what is made of all at once; what comes next is another one."""
-        if self.scores_itself and bulk.length:
+    def settle(self, bulk: Segment, strict: bool) -> None:
+        """The prompt is in: make of the bulk's entries what is made of all at once; what comes next is another one. A
+        strict prompt was steps, which made what they needed: where it ends does not matter."""
+        if self.scores_itself and bulk.length and not strict:
             self.units.settle(bulk)
         if self.asking is not None:
             self.asking.alone = True

@@ -210,7 +210,7 @@ def test_reads_of_steps_and_of_prompts_compose() -> None:
         assert made.chooses
         assert made.sparse
     with pytest.raises(InputError, match="fill the slot"):
-        compose(planned(model), planned(model))
+        compose(planned(model), planned(model, **LABELS))
 
 
 def test_what_is_refused() -> None:
