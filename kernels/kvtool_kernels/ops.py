@@ -98,18 +98,19 @@ def attend_evict(
     decay: float = 1.0,
     largest: bool = False,
     alike: bool = False,
+    nearest: bool = False,
 ) -> Evicted:
-    """Attention of one token, after which the entry that its softmax scores worst leaves k and v, in place; see
-    `attend_evict/reference.py`."""
+    """Attention of one token, after which the entry that its softmax scores worst goes to the end of k and v, in
+    place; see `attend_evict/reference.py`."""
     if q.device.type == "cpu":
         return _attend_evict_cpu.attend_evict(
             q, k, v, before, scale=scale, free=free, softcap=softcap, heat=heat, noise=noise, group=group,
-            kernel=kernel, decay=decay, largest=largest, alike=alike,
+            kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest,
         )  # fmt: skip
     out, lse, seen = attend_scored(q, k, v, scale=scale, softcap=softcap)
     return _attend_evict_reference.evicted(
         (out, lse), seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-        largest=largest, alike=alike,
+        largest=largest, alike=alike, nearest=nearest,
     )  # fmt: skip
 
 

@@ -1,13 +1,15 @@
 """One token attends to dense fp32 entries, its softmax scores them, and one of each head leaves.
 
 The entries of a head are cut into chunks, so that threads have equal shares. The thread that finishes the last chunk of
-a head merges its parts, scores its entries from the logits, and closes the gap while they are in its cache; where all
-heads go by the mean of their scores, the thread that finishes the last head of a row does so for all of them.
+a head merges its parts, scores its entries from the logits, closes the gap while they are in its cache, and looks for
+what is most like the entry that leaves; where all heads go by the mean of their scores, the thread that finishes the
+last head of a row does so for all of them.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 from numba import float32
@@ -33,7 +35,7 @@ from kvtool_kernels._native.simd import (
 from kvtool_kernels._native.team import STAMP, compiled
 from kvtool_kernels._native.tile import clear, floats, inner_loop
 
-NOTHING = float32(-np.inf)
+NOTHING, LEAST = float32(-np.inf), float32(1e-12)  # LEAST: length of a key
 TILE = 64  # entries at a time
 SUM, MEAN, MAX = 0, 1, 2
 
@@ -42,9 +44,9 @@ SUM, MEAN, MAX = 0, 1, 2
 (
     NEXT, THREAD, UNITS, SCRATCH, SCRATCH_SIZE, HEADS, GROUP, CHUNKS, ENTRIES, WIDTH, PITCH, PAD, QUERY,
     K_DATA, K_BATCH, K_HEAD, K_STEP, V_DATA, V_BATCH, V_HEAD, V_STEP, OUT, LSE, PARTS, LOGITS, SCORES,
-    BEFORE, KNOWN, B_BATCH, B_HEAD, AFTER, GONE, LOW, HIGH, NOISES, NOISE_STEP,
+    BEFORE, KNOWN, B_BATCH, B_HEAD, AFTER, GONE, NEAR, LOW, HIGH, NOISES, NOISE_STEP,
     HEAT, HOT, HOW, KERNEL, DECAY, LARGEST, ALIKE, DONE_HEADS, DONE_ROWS, FIELDS,
-) = range(46)  # fmt: skip
+) = range(47)  # fmt: skip
 
 
 @inner_loop
@@ -179,16 +181,36 @@ def average(scores, heads, pitch, entries):
 
 
 @inner_loop
-def move_up(entries, first, last, step, width):
-    """Entry first + 1 … last each to the place before its own."""
-    for entry in range(first, last):
+def to_the_end(entries, place, last, step, width, row):
+    """The entry at `place` becomes the last, those behind it move up; `row` holds it meanwhile."""
+    floats(FP32, entries, place * step, width, row)
+    for entry in range(place, last):
         for c in range(0, width, LANES):
             store(entries, entry * step + c, load(FP32, LANES, entries, (entry + 1) * step + c))
+    floats(FP32, row, 0, width, entries + last * step * 4)
 
 
 @inner_loop
-def evict(job, head):
-    """The worst free entry of a head leaves, unless none is free; the others' scores go to AFTER."""
+def most_like_the_last(keys, last, step, width, found):
+    """The largest cosine of key `last` with one before it, and the place of that one, to `found`."""
+    own, best, place, size = keys + last * step * 4, NOTHING, 0, float32(0.0)
+    for i in range(last + 1):
+        both, square = splat(LANES, float32(0.0)), splat(LANES, float32(0.0))
+        for c in range(0, width, LANES):
+            x = load(FP32, LANES, keys, i * step + c)
+            both = fma(x, load(FP32, LANES, own, c), both)
+            square = fma(x, x, square)
+        size = max(float32(math.sqrt(total(square))), LEAST)
+        likeness = total(both) / size
+        if i < last and likeness > best:
+            best, place = likeness, i
+    write(found, 0, best / size)
+    write(found, 1, float32(place))  # exact: below 2^24
+
+
+@inner_loop
+def evict(job, head, row):
+    """The worst free entry of a head leaves, unless none is free; the others' scores go to AFTER. `row`: scratch."""
     heads, entries, low, high = field(job, HEADS), field(job, ENTRIES), field(job, LOW), field(job, HIGH)
     scores, width = field(job, SCORES) + head * field(job, PITCH) * 4, field(job, WIDTH)
     if low == high:
@@ -203,11 +225,13 @@ def evict(job, head):
     floats(FP32, scores, 0, gone, after)
     floats(FP32, scores, gone + 1, entries - 1 - gone, after + gone * 4)
     write(field(job, GONE), head, float32(gone))  # exact: below 2^24
-    row, own = head // heads, head % heads
-    k = field(job, K_DATA) + (row * field(job, K_BATCH) + own * field(job, K_HEAD)) * 4
-    v = field(job, V_DATA) + (row * field(job, V_BATCH) + own * field(job, V_HEAD)) * 4
-    move_up(k, gone, entries - 1, field(job, K_STEP), width)
-    move_up(v, gone, entries - 1, field(job, V_STEP), width)
+    batch, own = head // heads, head % heads
+    k = field(job, K_DATA) + (batch * field(job, K_BATCH) + own * field(job, K_HEAD)) * 4
+    v = field(job, V_DATA) + (batch * field(job, V_BATCH) + own * field(job, V_HEAD)) * 4
+    to_the_end(k, gone, entries - 1, field(job, K_STEP), width, row)
+    to_the_end(v, gone, entries - 1, field(job, V_STEP), width, row)
+    if field(job, NEAR):
+        most_like_the_last(k, entries - 1, field(job, K_STEP), width, field(job, NEAR) + head * 8)
 
 
 @inner_loop
@@ -220,12 +244,12 @@ def finish_head(job, head, row):
     merge_splits(chunks, group, parts, size, width, out, lse)
     score_head(job, head, row)
     if not field(job, ALIKE):
-        evict(job, head)
+        evict(job, head, row)
     elif take(field(job, DONE_ROWS) + head // heads * 8) == heads - 1:
         first = head // heads * heads
         average(field(job, SCORES) + first * field(job, PITCH) * 4, heads, field(job, PITCH), field(job, ENTRIES))
         for each in range(heads):
-            evict(job, first + each)
+            evict(job, first + each, row)
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ import torch
 
 from kvtool_kernels._native import evicting, team
 from kvtool_kernels._native.record import AT_ONCE, LANES, padded
+from kvtool_kernels.attend_evict.reference import Evicted
 
 CHUNK = 128  # entries of a chunk at least, where a head is divided among threads
 SHARES = 2  # chunks per thread, so that none waits long for the last
@@ -30,7 +31,8 @@ def attend_evict(
     decay: float,
     largest: bool,
     alike: bool,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    nearest: bool,
+) -> Evicted:
     """As `attend_evict/reference.py`, for fp32 whose channels are whole vectors and neighbours in memory; up to LANES
     heads a group, and no maximum that is pooled."""
     batch, heads, _, width = q.shape
@@ -39,12 +41,12 @@ def attend_evict(
     chunks, threads = _chunks(rows, entries)
     pitch, pad = padded(entries), padded(kernel // 2)
     stay = entries - (free[0] < free[1])
-    scratch = max(AT_ONCE * evicting.TILE, pitch + 2 * pad)
+    scratch = max(AT_ONCE * evicting.TILE, pitch + 2 * pad, width)
     sizes = [
         rows * own * width, rows * own, rows * chunks * (LANES + own * (LANES + width)), threads * scratch,
-        rows * own * pitch, rows * pitch, rows,
+        rows * own * pitch, rows * pitch, rows, 2 * rows,
     ]  # fmt: skip
-    out, lse, parts, room, logits, scores, gone = torch.empty(sum(sizes)).split(sizes)
+    out, lse, parts, room, logits, scores, gone, near = torch.empty(sum(sizes)).split(sizes)
     after, query = torch.empty(batch, kv_heads, stay), (q * scale).contiguous()
     job = np.zeros(evicting.FIELDS + kv_heads + rows + batch, dtype=np.int64)  # behind it: noise, then what is done
     noises, done = (job.ctypes.data + 8 * at for at in (evicting.FIELDS, evicting.FIELDS + kv_heads))
@@ -53,7 +55,7 @@ def attend_evict(
         0, 0, rows * chunks, room.data_ptr(), 4 * scratch, kv_heads, own, chunks, entries, width, pitch, pad,
         query.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3],
         out.data_ptr(), lse.data_ptr(), parts.data_ptr(), logits.data_ptr(), scores.data_ptr(),
-        *known, after.data_ptr(), gone.data_ptr(), *free, noises if noise else 0,
+        *known, after.data_ptr(), gone.data_ptr(), near.data_ptr() if nearest else 0, *free, noises if noise else 0,
         noise[0].stride(0) if noise else 0, _bits(1 / heat), bool(noise) or heat != 1, HOW[group], kernel,
         _bits(decay), largest, alike, done, done + 8 * rows,
     ]  # fmt: skip
@@ -61,7 +63,10 @@ def attend_evict(
         job[evicting.FIELDS : evicting.FIELDS + kv_heads] = [x.data_ptr() for x in noise]
     team.run(evicting.function(), job, threads)
     made = out.view(batch, heads, 1, width), lse.view(batch, heads, 1)
-    return made, after, gone.long().view(batch, kv_heads, 1) if stay < entries else None
+    if stay == entries:
+        return made, after, None, None
+    cosine, place = near.view(batch, kv_heads, 1, 2).unbind(-1)
+    return made, after, gone.long().view(batch, kv_heads, 1), (cosine, place.long()) if nearest else None
 
 
 def _chunks(rows: int, entries: int) -> tuple[int, int]:

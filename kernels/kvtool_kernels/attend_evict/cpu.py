@@ -31,6 +31,7 @@ def attend_evict(
     decay: float = 1.0,
     largest: bool = False,
     alike: bool = False,
+    nearest: bool = False,
 ) -> Evicted:
     """As `reference.attend_evict`; what comes after attention is done as there for few entries, soft caps, other dtypes
     and narrow heads."""
@@ -42,11 +43,11 @@ def attend_evict(
         out, lse, seen = scored(q, k, v, scale=scale, softcap=softcap)
         return reference.evicted(
             (out, lse), seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-            largest=largest, alike=alike,
+            largest=largest, alike=alike, nearest=nearest,
         )  # fmt: skip
     from kvtool_kernels._native import launch_evicting  # only where it pays: Numba is slow to import
 
     return launch_evicting.attend_evict(
         q, k, v, before, scale=scale, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-        largest=largest, alike=alike,
+        largest=largest, alike=alike, nearest=nearest,
     )  # fmt: skip

@@ -6,8 +6,9 @@
     s_kj ← s_kj + decay · before_kj, or max(s_kj, decay · before_kj), for the entries that `before` knows
     s_kj ← mean_k s_kj                                          if heads go `alike`
     g_k  = argmin_{low ≤ j < high} s_kj                         of equal ones the first
+    m_k, u_k = max, argmax_{j < S−1} cos(k_j, k_{S−1})          once g_k has left, if what is `nearest` is asked for
 
-Entry g_k leaves: in k and v those behind it move up by one, in place, and the last place is free afterwards. With
+Entry g_k leaves: in k and v it goes to the last place, S − 1, and those behind it move up by one, in place. With
 low = high nothing leaves. Scores are fp32 at least; a pooled maximum is that of the pooled heads.
 """
 
@@ -20,8 +21,11 @@ import torch
 
 from kvtool_kernels.attend.reference import attend, logits
 from kvtool_kernels.merge.reference import Partial
+from kvtool_kernels.precision import wide
 
-Evicted = tuple[Partial, torch.Tensor, torch.Tensor | None]
+LEAST = 1e-12  # length of a key
+Near = tuple[torch.Tensor, torch.Tensor]
+Evicted = tuple[Partial, torch.Tensor, torch.Tensor | None, Near | None]
 
 
 def attend_evict(
@@ -40,32 +44,43 @@ def attend_evict(
     decay: float = 1.0,
     largest: bool = False,
     alike: bool = False,
+    nearest: bool = False,
 ) -> Evicted:
     """q [B,H,1,D], k and v [B,K,S,D], the newest entry last; before [B,K,N], N ≤ S; free (low, high) as above; noise
     [G,S] of each KV head, the same for all rows → (out [B,H,1,D], lse [B,H,1]), the scores [B,K,S−1] of those that stay
-    (all S, if none leaves), and g int64 [B,K,1] (or None)."""
+    (all S, if none leaves), g int64 [B,K,1] (or None), and (m, u int64), each [B,K,1] (or None)."""
     made = attend(q, k, v, scale=scale, softcap=softcap)
     seen = logits(q, k, scale=scale, softcap=softcap)
     return evicted(
         made, seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-        largest=largest, alike=alike,
+        largest=largest, alike=alike, nearest=nearest,
     )  # fmt: skip
 
 
 def evicted(
     made: Partial, seen: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor | None, *,
-    free: tuple[int, int], **scoring: Any,
+    free: tuple[int, int], nearest: bool, **scoring: Any,
 ) -> Evicted:  # fmt: skip
     """What comes after attention, which has given `made` and the logits `seen` [B,H,1,S]."""
     scores = scored(seen, before, k.shape[1], **scoring)
     if free[0] == free[1]:
-        return made, scores, None
+        return made, scores, None, None
     gone = free[0] + scores[:, :, free[0] : free[1]].argmin(-1, keepdim=True)
     places = torch.arange(k.shape[2] - 1, device=gone.device)
     index = places + (places >= gone)
+    order = torch.cat([index, gone], -1)[..., None]
     for x in (k, v):
-        x[:, :, :-1] = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
-    return made, scores.gather(2, index), gone
+        x.copy_(x.gather(2, order.expand(-1, -1, -1, x.shape[-1])))
+    return made, scores.gather(2, index), gone, most_like_the_last(k) if nearest else None
+
+
+def most_like_the_last(k: torch.Tensor) -> Near:
+    """m and u of the keys k [B,K,S,D]."""
+    keys = wide(k)
+    size = keys.norm(dim=-1).clamp_min(LEAST)
+    likeness = (keys[:, :, :-1] @ keys[:, :, -1:].mT)[..., 0] / size[..., :-1]
+    best, place = likeness.max(-1, keepdim=True)
+    return best / size[..., -1:], place
 
 
 def scored(

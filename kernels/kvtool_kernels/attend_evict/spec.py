@@ -30,6 +30,7 @@ class Case:
     decay: float = 1.0
     largest: bool = False
     alike: bool = False
+    nearest: bool = False
     size: float = 1.0  # standard deviation of the logits
 
     def __str__(self) -> str:
@@ -56,6 +57,9 @@ CASES = (
     Case(width=40, heads=2),
     Case(softcap=3.0, size=5.0),
     Case(recent=500, known=400),
+    *(Case(entries=entries, nearest=True) for entries in (2, 40, 257)),
+    Case(known=499, recent=250, batch=2, nearest=True, room=5),
+    Case(heads=10, kv_heads=5, width=128, alike=True, nearest=True),
     Case(size=100.0),
     Case(size=0.0, low=7),
 )
@@ -76,4 +80,5 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
         "scale": case.width**-0.5, "free": (case.low, max(case.low, case.entries - case.recent)),
         "softcap": case.softcap, "heat": case.heat, "noise": noise if case.noisy else (), "group": case.group,
         "kernel": case.kernel, "decay": case.decay, "largest": case.largest, "alike": case.alike,
+        "nearest": case.nearest,
     }  # fmt: skip

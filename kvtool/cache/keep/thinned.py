@@ -41,8 +41,9 @@ class Thinned(Bulk):
         self.finished = False
         key = self.encodings[0]
         bare = self.block is None and self.reader is None and rest is None and (key is None or key.rotated)
-        self.simple = bare and not (reindex or again) and fused.plain(selector)  # do entries leave without a trace?
-        self.scoring = self.simple and fused.scores_at_once(selector)
+        bare = bare and not (reindex or again)
+        self.simple = bare and fused.plain(selector)  # do entries leave without a trace?
+        self.scoring = bare and fused.scores_at_once(selector)
         if rest is not None:
             self._watch(*rest.encodings)
             rest.coded.queries = self._seen
@@ -76,7 +77,10 @@ class Thinned(Bulk):
         held = self.recent.length
         count = self.selector.due(held, self.fed)
         first = fused.gap(self.selector, held, count) if self.positions is None else None
-        if first is None or (count < held and not self.recent.close(first, held - count)):
+        if first is None:
+            return False
+        gone = min(held - count, held - first)  # sinks stay, even where more are asked for than stand behind them
+        if gone and not self.recent.close(first, gone):
             return False
         self.selector.passed(None)
         return True

@@ -34,6 +34,7 @@ from kvtool_kernels.precision import wide
 BLOCK = 512  # entries that are compared with all kept ones at a time
 FEW = 16  # entries that leave at once, as they do at decode steps: what stays is then not copied
 Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Near = tuple[torch.Tensor, torch.Tensor]  # the largest cosine of the key that leaves with a kept one, and its place
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,19 @@ def _met(
     alike = (owner[..., None] == owner[..., None, :]).to(weight.dtype) * weight[..., None, :]
     summed = own.gather(2, owner)[..., None] * wide(at(x, job.index.gather(2, owner))) + alike @ wide(at(x, job.gone))
     return (summed / divisor.gather(2, owner)[..., None]).to(x.dtype)
+
+
+def take_in(k: torch.Tensor, v: torch.Tensor, near: Near, passing: torch.Tensor, spec: Select) -> None:
+    """The last entry of k, v [B,K,S,D] joins its owner where it passes, bool [B,1,1] or [B,K,1], in place: `joined`
+    where one leaves, each stands for one, and weights are not gaussian."""
+    best, owner = near
+    joining = passing.to(best.dtype)
+    weight = (joining * best if spec.weigh == "cosine" else joining)[..., None]
+    divisor = (1 + joining)[..., None]
+    for x in (k, v):
+        place = owner[..., None].expand(-1, -1, -1, x.shape[-1])
+        met = (wide(x.gather(2, place)) + weight * wide(x[:, :, -1:])) / divisor
+        x.scatter_(2, place, met.to(x.dtype))
 
 
 def cosines(job: Job) -> tuple[torch.Tensor, torch.Tensor]:

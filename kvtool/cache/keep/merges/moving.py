@@ -10,18 +10,28 @@ told; τ is the lane's. `Select.weigh` is "cosine" in D2O.
 
 from __future__ import annotations
 
-from kvtool.cache.keep.merges._base import Changed, Job, Merged, cosines, joined
+import torch
+
+from kvtool.cache.keep.merges._base import Changed, Job, Merged, Near, cosines, joined, take_in
+from kvtool.slots import Select
 
 ROUNDING = 1e-6  # of cosines: equal ones all pass
 
 
 def merge(job: Job) -> Merged | Changed:
     best, owner = cosines(job)
-    likeness = best.double()
-    threshold, settings = likeness.mean((1, 2), keepdim=True), job.spec.settings
-    if "threshold" in job.memory:
-        old = job.memory["threshold"]
-        threshold = settings.get("alpha", 0.5) * old + settings.get("beta", 0.5) * threshold
-    job.memory["threshold"] = threshold
-    together = (likeness.mean(1, keepdim=True) >= threshold - ROUNDING).expand_as(likeness)
-    return joined(job, best, owner, together)
+    return joined(job, best, owner, together(best, job.spec, job.memory).expand_as(best))
+
+
+def join(k: torch.Tensor, v: torch.Tensor, near: Near, spec: Select, memory: dict[str, torch.Tensor]) -> None:
+    take_in(k, v, near, together(near[0], spec, memory), spec)
+
+
+def together(best: torch.Tensor, spec: Select, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+    """bool [B,1,E]: which of the entries with cosines [B,K,E] may join, all heads' n-th ones alike; τ moves on."""
+    likeness = best.double().mean(1, keepdim=True)
+    threshold = likeness.mean(2, keepdim=True)
+    if "threshold" in memory:
+        threshold = spec.settings.get("alpha", 0.5) * memory["threshold"] + spec.settings.get("beta", 0.5) * threshold
+    memory["threshold"] = threshold
+    return likeness >= threshold - ROUNDING

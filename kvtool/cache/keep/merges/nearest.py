@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from kvtool.cache.keep.merges._base import Changed, Job, Merged, cosines, joined
+import torch
+
+from kvtool.cache.keep.merges._base import Changed, Job, Merged, Near, cosines, joined, take_in
+from kvtool.slots import Select
 
 
 def merge(job: Job) -> Merged | Changed:
     best, owner = cosines(job)
     return joined(job, best, owner)
+
+
+def join(k: torch.Tensor, v: torch.Tensor, near: Near, spec: Select, memory: dict[str, torch.Tensor]) -> None:
+    least = near[0] if spec.threshold is None else spec.threshold
+    take_in(k, v, near, near[0] >= least, spec)

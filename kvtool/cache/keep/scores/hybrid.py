@@ -36,16 +36,17 @@ def score(view: View) -> torch.Tensor:
 
 def gradients(view: View, p: torch.Tensor) -> torch.Tensor:
     """‖∂ℓ/∂k‖₁ + ‖∂ℓ/∂v‖₁ [B,H,S], from p [B,H,2,S] of the newest two queries; 0 for p [B,H,1,S]."""
-    values, q = wide(view.v).repeat_interleave(view.group, 1), wide(view.q)[:, :, -1]
     if p.shape[2] < 2:
         return torch.zeros_like(p[:, :, 0])
-    before, now = (p @ values).unbind(2)
+    values, q = wide(view.v), wide(view.q)[:, :, -1]
+    heads = (values.shape[1], view.group)
+    made = p.unflatten(1, heads).flatten(2, 3) @ values  # a group's queries together: values are not repeated
+    before, now = made.unflatten(2, (-1, 2)).flatten(1, 2).unbind(2)
     slope = 2 * (now - before) / values.shape[-1]
-    moved = (values * slope[:, :, None]).sum(-1) - (now * slope).sum(-1, keepdim=True)
+    moved = (slope.unflatten(1, heads) @ values.mT).flatten(1, 2) - (now * slope).sum(-1, keepdim=True)
     step = torch.full_like(moved, view.scale)
     if view.softcap is not None:
-        keys = wide(view.k).repeat_interleave(view.group, 1)
-        logits = view.scale * (keys * q[:, :, None]).sum(-1)
+        logits = view.scale * (q.unflatten(1, heads) @ wide(view.k).mT).flatten(1, 2)
         step = step * (1 - torch.tanh(logits / view.softcap).square())
     newest = p[:, :, -1]
     return newest * (slope.abs().sum(-1, keepdim=True) + (step * moved).abs() * q.abs().sum(-1, keepdim=True))
