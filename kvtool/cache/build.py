@@ -12,8 +12,8 @@ from kvtool.cache.keep.thinned import Thinned
 from kvtool.cache.lane import Lane
 from kvtool.cache.nothing import Nothing
 from kvtool.cache.onward import Onward
-from kvtool.cache.read.board import Board
-from kvtool.cache.read.reader import Place, Reader
+from kvtool.cache.read.board import Board, Place
+from kvtool.cache.read.reader import Reader
 from kvtool.cache.read.sparse import Sparse
 from kvtool.cache.store.coded import Coded
 from kvtool.cache.store.pool import Member, Pool
@@ -113,7 +113,7 @@ def _lane(
     spec = plan.keep.select if plan.keep is not None else None
     if spec is not None:
         budget = spec.budget[layer, heads].tolist()
-        options["selector"] = Selector(spec, budget, layer, heads, prompt_length, model.rotary(layer))
+        options["selector"] = Selector(spec, budget, layer, heads, prompt_length, model.rotary(layer), place.board)
         if plan.keep is not None and plan.keep.position != "original":
             options |= {"rotary": model.rotary(layer), "reindex": True, "again": plan.keep.position == "reencode"}
     if plan.store is not None:

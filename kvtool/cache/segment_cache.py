@@ -17,8 +17,8 @@ import torch
 from kvtool import conflicts
 from kvtool.cache.build import lanes, onward, per_row, sparse
 from kvtool.cache.keep.again import feed_again
-from kvtool.cache.keep.passes import answer
-from kvtool.cache.keep.rebuild import rebuild
+from kvtool.cache.keep.looking import look_again
+from kvtool.cache.keep.memo import Account
 from kvtool.cache.keep.selection import select
 from kvtool.cache.lane import Lane
 from kvtool.cache.read.asking import recorded
@@ -202,10 +202,8 @@ class SegmentCache(Session):
 
     def look_again(self) -> None:
         """Let the selection's queries score the prompt that is in, if they come in a pass of their own."""
-        if self._spec is not None and self._spec.observe == "rebuild":
-            rebuild(self.network, self.segments)
-        if self._spec is not None and self._spec.observe == "answer":
-            answer(self.network, self.segments, self.told)
+        if self._spec is not None:
+            look_again(self._spec, self.network, self.segments, self.told, self.board.account)
 
     def _filled(self, layer: SegmentLayer, prompt_length: int | None) -> None:
         """The whole prompt is in one layer, the next ones to come: what its own scores select is selected now, so that
@@ -237,19 +235,23 @@ class SegmentCache(Session):
         for layer in self.segments:
             layer.record = -1 if -1 in each else max(each, default=0)
 
-    def adopt(self, full: SegmentCache) -> None:
+    def adopt(self, full: SegmentCache, account: Account | None = None) -> None:
         """Start from a prompt (unpadded) that the full cache `full` was fed at once.
 
         The result is the same as feeding this cache, as long as prefill is dense: under the official protocol, and a
-        plan that says so.
+        plan that says so. What is observed of the prompt is shared through `account` with other caches that adopt it:
+        it has to be one of a memo for `full` as it is now, and for this plan.
         """
         if self.protocol != "official":
             raise InputError("a strict cache must see its own prefill")
         if self.onward is not None:
             raise InputError("a prompt whose tokens leave the forward must be fed to its own cache")
+        assert account is None or full.single
+        self.board.account = account
         for mine, theirs in zip(self.segments, full.segments, strict=True):
             mine.adopt(theirs)
         self.finish()
+        self.board.account = None
 
     @property
     def nbytes(self) -> int:

@@ -4,8 +4,9 @@
 
 A plan that leaves prefill dense adopts the full cache; one that evicts while the prompt comes in, and every plan under
 the protocol "strict", is fed itself. What follows is forced in one forward (`kvtool/replay/forced.py`), so that a
-prompt costs an entrant one adoption and one chunk. On the first prompt of every length a few real decode steps are
-timed, in turns with the full cache's, and their logits held against the forced ones.
+prompt costs an entrant one adoption and one chunk. Those that adopt and score the prompt's entries alike share the
+scores (`kvtool/cache/keep/memo.py`), and whoever is handed them is charged for them. On the first prompt of every
+length a few real decode steps are timed, in turns with the full cache's, and their logits held against the forced ones.
 
 One prompt's full cache is held at a time, and one entrant's beside it. An entrant that fails is out; the others go on.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from kvtool.cache.keep.memo import Account, Memo, named
 from kvtool.cache.segment_cache import Protocol, SegmentCache
 from kvtool.compare.journal import Journal, Key
 from kvtool.compare.plans import Entrant, told
@@ -51,6 +53,14 @@ class Reference:
     copied: float  # seconds of adoption without compression
 
 
+@dataclass(frozen=True)
+class Filled:
+    """The full cache after a prompt, and what has been observed of it so far."""
+
+    cache: SegmentCache
+    memo: Memo
+
+
 class Race:
     """`progress(text)` is called once for every prompt × ask × entrant that was not in the journal."""
 
@@ -61,6 +71,8 @@ class Race:
         self.model, self.journal, self.rules, self.progress = model, journal, rules, progress
         self.entrants = [entrant for entrant in entrants if not entrant.trouble]
         self.failed: dict[str, str] = {entrant.cell.key: entrant.trouble for entrant in entrants if entrant.trouble}
+        plans = [entrant.plan for entrant in self.entrants if entrant.plan is not None]
+        self.names = {id(plan): named(plan) for plan in plans}  # of their observations; entrants hold the plans
 
     def run(self, prompts: Sequence[Prompt]) -> None:
         """All that the journal lacks; afterwards `failed` says who is out, and why."""
@@ -97,7 +109,8 @@ class Race:
             if group:
                 self._stage(prompt, ask, group, full, seconds)
 
-    def _stage(self, prompt: Prompt, ask: str, group: list[Entrant], full: SegmentCache, seconds: float) -> None:
+    def _stage(self, prompt: Prompt, ask: str, group: list[Entrant], cache: SegmentCache, seconds: float) -> None:
+        full = Filled(cache, Memo())
         reference = self._reference(prompt, ask, full, seconds)
         for entrant in group:
             if entrant.cell.key in self.failed:
@@ -112,14 +125,12 @@ class Race:
                 self.journal.score(key(prompt, ask, entrant), scores | spent)
             self.progress(f"{prompt.task} {len(prompt.sample.tokens)} tokens, {ask}: {entrant.cell.key}")
 
-    def _reference(self, prompt: Prompt, ask: str, full: SegmentCache, seconds: float) -> Reference:
+    def _reference(self, prompt: Prompt, ask: str, full: Filled, seconds: float) -> Reference:
         cache, copied = self._filled(None, prompt, ask, full)
         held, read = cache.nbytes, cache.read_bytes
         return Reference(self._answer(cache, prompt, ask), held, read, seconds, copied)
 
-    def _judge(
-        self, prompt: Prompt, ask: str, entrant: Entrant, full: SegmentCache, reference: Reference
-    ) -> dict[str, Any]:
+    def _judge(self, prompt: Prompt, ask: str, entrant: Entrant, full: Filled, reference: Reference) -> dict[str, Any]:
         """What the journal keeps of one entrant on one prompt."""
         assert prompt.sample.answer is not None
         cache, seconds = self._filled(entrant.plan, prompt, ask, full)
@@ -135,16 +146,21 @@ class Race:
             found |= self._steps(prompt, entrant, full, logits)
         return found
 
-    def _filled(self, plan: Plan | None, prompt: Prompt, ask: str, full: SegmentCache) -> tuple[SegmentCache, float]:
-        """A cache of the plan that has seen the prompt, and the seconds that took."""
+    def _filled(self, plan: Plan | None, prompt: Prompt, ask: str, full: Filled) -> tuple[SegmentCache, float]:
+        """A cache of the plan that has seen the prompt, and the seconds that takes it alone."""
         end = prompt.end(ask)
         dense = self._dense(plan)
         protocol: Protocol = "official" if dense else self.rules.protocol
         cache = SegmentCache(self.model, plan, protocol=protocol, prompt_length=end)
         cache.tell(prompt.follow(ask)[None])
         if dense:
-            return cache, _seconds(lambda: cache.adopt(full))
+            account = self._account(plan, full.memo)
+            seconds = _seconds(lambda: cache.adopt(full.cache, account))
+            return cache, seconds + (0.0 if account is None else account.spared)
         return cache, _seconds(lambda: self._feed(cache, prompt.sample.tokens[:end], self.rules.chunk))
+
+    def _account(self, plan: Plan | None, memo: Memo) -> Account | None:
+        return None if plan is None else memo.account(self.names[id(plan)])
 
     def _dense(self, plan: Plan | None) -> bool:
         """Is the plan's prefill the full cache's, so that the two can share one?"""
@@ -167,7 +183,7 @@ class Race:
         question = len(prompt.sample.tokens) - 1 - prompt.end(ask)
         return forced(self.model, cache, prompt.follow(ask)[None], question)[0, -len(prompt.sample.answer) :]
 
-    def _steps(self, prompt: Prompt, entrant: Entrant, full: SegmentCache, logits: torch.Tensor) -> dict[str, Any]:
+    def _steps(self, prompt: Prompt, entrant: Entrant, full: Filled, logits: torch.Tensor) -> dict[str, Any]:
         """Decode steps of both sides in turns: median seconds, and how far the plan's logits are from the forced."""
         sides = [self._filled(plan, prompt, "known", full)[0] for plan in (entrant.plan, None)]
         tokens = prompt.follow("known")

@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache
 
 from kvtool.cache.keep.scores._base import View
 from kvtool.cache.keep.thinned import Thinned
-from kvtool.cache.segment_layer import Part, SegmentLayer
+from kvtool.cache.part import Part
+from kvtool.cache.segment_layer import SegmentLayer
 from kvtool.errors import InputError
 from kvtool.serving import Attention, Layer, served
 

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 
 import torch
 
+from kvtool.cache.keep.memo import Account, Score
 from kvtool.cache.keep.merges._base import Job
 from kvtool.cache.keep.picks._base import Choice
 from kvtool.cache.keep.scores._base import View
 from kvtool.cache.lane import Step
+from kvtool.cache.read.board import Board
 from kvtool.rotary import NONE, Rotary
 from kvtool.slots import Select
 
@@ -36,18 +38,19 @@ def probes(queries: int, seed: int) -> torch.Tensor:
 class Selector:
     """`budget`: of each of the lane's heads, as in `Select`; `layer` and `heads` say where they are.
 
-    `prompt_length` resolves shares of the prompt where entries go before all of it is in; else it is found out.
+    `prompt_length` resolves shares of the prompt where entries go before all of it is in; else it is found out. While
+    a prompt is adopted, `board` may have an account through which its scores are shared with other caches (`memo.py`).
     """
 
     def __init__(
         self, spec: Select, budget: list[float], layer: int, heads: list[int], prompt_length: int = 0,
-        rotary: Rotary = NONE,
+        rotary: Rotary = NONE, board: Board | None = None,
     ):  # fmt: skip
         self.spec, self.budget, self.layer, self.heads, self.rotary = spec, budget, layer, heads, rotary
         self.rule, self.picking, self.merging = spec.rule("score"), spec.rule("pick"), spec.rule("merge")
         self.needs = {need for rule in (self.rule, self.picking, self.merging) for need in getattr(rule, "NEEDS", ())}
         self.needs |= {"tokens"} if spec.observe == "rebuild" else set()
-        self.prompt_length = prompt_length
+        self.prompt_length, self.board = prompt_length, board
         self.queries: list[torch.Tensor] = []
         self.first: list[int] = []
         self.running: torch.Tensor | None = None  # scores of the entries held, if they will be scored again
@@ -98,7 +101,7 @@ class Selector:
         count = q.shape[2]
         tags = {name: tag[:, :, -count:] for name, tag in tags.items()}
         view = self.seen(q, torch.arange(count, device=q.device), k[:, :, -count:], v[:, :, -count:], step, tags)
-        new = self.rule.score(view)
+        new = self._made(lambda: self.rule.score(view))
         self.running = new if self.running is None else torch.cat([self.running, new], dim=2)
 
     def credit(self, view: View, entries: slice) -> None:
@@ -126,7 +129,7 @@ class Selector:
 
     def view(self, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags) -> View:
         """The entries k, v [B,K,S,D] and the observed queries."""
-        return self.seen(*self._observed(k.shape[2]), k, v, step, tags)
+        return self.seen(*self._observed(k.shape[2]), k, v, step, tags).shared(self._account)
 
     def seen(
         self, q: torch.Tensor, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, tags: Tags
@@ -145,7 +148,7 @@ class Selector:
             assert self.running is not None
             new = self.running
         else:
-            new = self._reduced(self.rule.score(view))
+            new = self._made(lambda: self._reduced(self.rule.score(view)))
             if self.running is not None and self.remembers:
                 before = new[:, :, : self.running.shape[2]]
                 if self.spec.reduce == "max":
@@ -153,6 +156,15 @@ class Selector:
                 else:
                     before += self.spec.decay * self.running
         return new.mean(1, keepdim=True).expand_as(new) if self.spec.alike else new
+
+    @property
+    def _account(self) -> Account | None:
+        return None if self.board is None or self.turn else self.board.account
+
+    def _made(self, scores: Score) -> torch.Tensor:
+        """Scores of the prompt's entries, by this cache or by another one that adopts the same prompt."""
+        account = self._account
+        return scores() if account is None else account.score(self.layer, self.heads, scores)
 
     def _reduced(self, scores: torch.Tensor) -> torch.Tensor:
         """[B,H,S] or [B,K,S] → [B,K,S], pooled."""

@@ -6,12 +6,16 @@ follower has taken them, so that the board is empty between calls.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvtool.cache.store.pool import Pool
-from kvtool.rotary import Rotary, Tables
+from kvtool.rotary import NONE, Rotary, Tables
+
+if TYPE_CHECKING:
+    from kvtool.cache.keep.memo import Account
 
 Post = tuple[torch.Tensor, torch.Tensor | None]  # which choosers choose anew, bool [B,C]; and if any, scores [B,C,U]
 
@@ -25,6 +29,7 @@ class Board:
         self.boundaries: dict[int, torch.Tensor] = {}  # by part: how much of one each entry's place is, [B,N]
         self.cuts: dict[tuple[int, int], torch.Tensor] = {}  # by part and block: those that count for it, bool [B,N]
         self.pools: dict[tuple[int, int], Pool] = {}  # by part and first layer, of layers that are written as one
+        self.account: Account | None = None  # what is observed of a prompt is shared through, while it is adopted
 
     def rotary(self, rotary: Rotary) -> Rotary:
         """The same, sharing its tables with other layers until the last layer is done."""
@@ -45,3 +50,14 @@ class Board:
         if readers > 1:
             self.posts[key] = (readers - 1, post)
         return post
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose reader it is: the part of the batch, the layer, the lane's KV heads, the cache's board, and RoPE."""
+
+    part: int
+    layer: int
+    heads: tuple[int, ...]
+    board: Board
+    rotary: Rotary = NONE

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
@@ -27,6 +28,9 @@ import torch
 from kvtool.rotary import NONE, Rotary
 from kvtool.slots import Select
 from kvtool_kernels.precision import wide
+
+if TYPE_CHECKING:
+    from kvtool.cache.keep.memo import Account
 
 BLOCK = 64  # query rows at a time
 Noise = Callable[[torch.Size], torch.Tensor]
@@ -40,6 +44,7 @@ class View:
     layer, heads: where the K heads are in the model; turn: how often these entries were scored before.
     tags: int64 [B,K,S], the entries' "positions" (what RoPE was given) and "tokens", for rules that need them.
     rotary: the layer's rotation. logits: q·k of the only query, scaled and capped, [B,H,1,S], where they are known.
+    account: what payments are shared through (`memo.py`), if they are; a view that is made from this one has none.
     """
 
     q: torch.Tensor
@@ -55,6 +60,7 @@ class View:
     tags: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary: Rotary = NONE
     logits: torch.Tensor | None = None
+    account: Account | None = field(default=None, init=False)
 
     def table(self, name: str) -> torch.Tensor:
         """What the rule was calibrated with, of this layer."""
@@ -68,7 +74,14 @@ class View:
     @cached_property
     def paid(self) -> torch.Tensor:
         """reduce_i p_ij, fp32 [B,H,S]: what the observed queries pay each entry; computed once for all who ask."""
-        return paid(self)
+        if self.account is None:
+            return paid(self)
+        return self.account.paid(self.spec, len(self.rows), self.layer, self.heads, lambda: paid(self))
+
+    def shared(self, account: Account | None) -> View:
+        """This view, whose payments are shared with other caches' through `account`, if there is one."""
+        object.__setattr__(self, "account", account)
+        return self
 
     def alone(self, head: int) -> View:
         """One of the KV heads, and the queries of its group."""
