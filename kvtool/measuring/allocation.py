@@ -20,6 +20,7 @@ choice that led to it, are the choices that are best at some price, and dealing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -137,11 +138,14 @@ def _step(total: Corner, part: Sequence[Corner], at: int) -> Corner:
 
 
 def _steps(parts: Sequence[Sequence[Corner]]) -> Iterator[tuple[int, int]]:
-    """(part, corner) of all corners but the first ones, those that save most error a byte first."""
+    """(part, corner) of all corners but the first ones, those that save most error a byte first, a part's own in order:
+    where slopes are equal rounding may make a later one the steeper, and nothing is reached that is not climbed to."""
     found = []
     for number, part in enumerate(parts):
+        slope = -math.inf
         for at, (low, high) in enumerate(pairwise(part), 1):
-            found.append(((high.error - low.error) / (high.size - low.size), number, at))
+            slope = max(slope, (high.error - low.error) / (high.size - low.size))
+            found.append((slope, number, at))
     return ((number, at) for _, number, at in sorted(found))
 
 

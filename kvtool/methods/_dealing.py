@@ -35,16 +35,19 @@ class _Places:
     unit: str
     held: list[tuple[int, torch.Tensor, torch.Tensor, bool]] = field(default_factory=list)
 
-    def ways(self, number: int, members: torch.Tensor, span: Sequence[int] | None) -> Ways:
-        """What is held alike on a side: heads that are written apart, or these layers as one."""
-        side = SIDES[number]
-        fit = [
-            way for way in self.known[side].tolist()
-            if (self.candidates[side][way].fits(span) if span else not self.candidates[side][way].groups)
-        ]  # fmt: skip
+    def ways(self, number: int, members: torch.Tensor, span: Sequence[int] | None, *, shared: bool = False) -> Ways:
+        """What is held alike on a side: heads that are written apart, or these layers as one; `shared`: in a basis of
+        theirs."""
+        side, fit = SIDES[number], self._fit(number, span, shared=shared)
         self.held.append((number, members, torch.tensor(fit), bool(span)))
         size, error = self.size[side][fit] * int(members.sum()), self.error[side][fit][:, members].sum(1)
         return Ways(len(self.held) - 1, size, error)
+
+    def _fit(self, number: int, span: Sequence[int] | None, *, shared: bool) -> list[int]:
+        side = SIDES[number]
+        named = [(way, self.candidates[side][way]) for way in self.known[side].tolist()]
+        held = [(way, each) for way, each in named if each.groups or not shared]
+        return [way for way, each in held if (each.fits(span) if span else not each.groups)]
 
     def apart(self, layers: Sequence[int]) -> Each:
         """Every unit of these layers for itself."""
@@ -63,8 +66,11 @@ class _Places:
             parts = self.apart(span).parts
         members = torch.zeros_like(self.whole)
         members[list(span)] = True
-        one = Each(tuple(self.ways(number, members, span) for number in range(len(SIDES))))
-        return Either((Each(parts), one))
+        one = [  # one side or the other is shared: rounding may make as good as apart what is not, and better
+            Each(tuple(self.ways(number, members, span, shared=number == side) for number in range(len(SIDES))))
+            for side in range(len(SIDES)) if self._fit(side, span, shared=True)
+        ]  # fmt: skip
+        return Either((Each(parts), *one))
 
     def choice(self, picks: dict[int, int]) -> Choice:
         ways = torch.zeros(len(SIDES), *self.whole.shape, dtype=torch.long)

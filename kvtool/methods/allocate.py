@@ -54,7 +54,7 @@ from kvtool.methods._dealing import dealt
 from kvtool.methods._holding import SIDES, Candidates, Windows
 from kvtool.methods._spans import moments, spans
 from kvtool.methods._weighing import Errors, Met
-from kvtool.options import at_least
+from kvtool.options import at_least, record
 from kvtool.plan import Plan
 from kvtool.slots import RAW, Store
 from kvtool.statistics.cross_gram import REACH
@@ -64,6 +64,7 @@ MODEL = True
 REUSE = "errors"
 AXES = ("bits", "rank", "channels", "latent", "sharing")
 MEASURED = ("met", "effect", "size", "ratio")
+WHAT = ("axes", "bits", "ranks", "latent", "layers", "rope", "group", "sink", "recent", "block")  # errors are of
 LEAST = 0.1  # of the bytes: below this nothing in `at` is comparable
 
 
@@ -139,7 +140,7 @@ def calibrate(context: Context, options: Options) -> Decision:
     texts = weigh.samples(context, count=options.samples + options.checked, tokens=options.tokens, steps=options.steps)
     measured, checked = texts[: options.samples], texts[options.samples :]
     if options.errors:
-        context.resume.update(given(context, options.errors))
+        context.resume.update(given(context, options))
     candidates, effect, size = weigh.effects(
         context, measured, windows, lambda met: weighed(context, options, met), options.draws
     )
@@ -164,12 +165,22 @@ def calibrate(context: Context, options: Options) -> Decision:
     return Decision(None, evidence, facts, store)
 
 
-def given(context: Context, path: str) -> dict[str, torch.Tensor]:
-    """What an earlier plan measured. Raises InputError when it measured nothing, or another model."""
-    found = plans.read(path)
-    if "met.values" not in found.evidence:
-        raise InputError("the plan measured no errors of encodings", got=path, expected="one by this method")
+def given(context: Context, options: Options) -> dict[str, torch.Tensor]:
+    """What an earlier plan measured. Raises InputError when it measured nothing, another model, or other encodings."""
+    found = plans.read(options.errors)
+    if not all(f"met.{name}" in found.evidence for name in Met._fields):
+        raise InputError(
+            "the plan measured no errors of encodings", got=options.errors, expected="one by this method, as it is now"
+        )
     found.check(context.running.fingerprint)
+    own = record(options)
+    other = [f"{name}={found.options.get(name)}" for name in WHAT if found.options.get(name) != own[name]]
+    if other:
+        raise InputError(
+            "these errors were measured of other encodings",
+            got=", ".join(other),
+            remedy="give the same options as then",
+        )
     return {name: found.evidence[name] for name in found.evidence if name.split(".")[0] in MEASURED}
 
 

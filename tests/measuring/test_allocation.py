@@ -104,6 +104,20 @@ def test_no_other_choice_in_a_tree_errs_less_at_its_bytes(seed: int) -> None:
         assert same[0][:2] == pytest.approx((made.spent, made.error))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_equally_steep_is_climbed_all_the_way(seed: int) -> None:
+    """Parts whose curves are the same, so that steps are as steep as one another but for rounding."""
+    draw, names = torch.Generator().manual_seed(seed), count()
+
+    def few() -> torch.Tensor:
+        return torch.tensor([0.1, 0.3, 1 / 3, 0.7, 1.1]).double()[torch.randint(5, (2,), generator=draw)]
+
+    curves = [((few() + 1 / 7).cumsum(0), (few() + 1 / 7).cumsum(0).flip(0)) for _ in range(2)]
+    parts = [Ways(next(names), *curves[at]) for at in torch.randint(2, (10,), generator=draw).tolist()]
+    made = deal([Either((Each(tuple(parts[:6])),)), Each(tuple(parts[6:]))], 1e9)
+    assert made.error == pytest.approx(sum(float(part.error.min()) for part in parts))
+
+
 def test_a_shared_way_between_two_corners() -> None:
     """Worth it where it lies below the line between what the parts can do, and not above it."""
 

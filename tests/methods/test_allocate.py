@@ -145,6 +145,22 @@ def test_no_way_to_share_is_better_than_the_one_that_is_dealt() -> None:
     assert choice.first.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_that_share_nothing_are_not_written_as_one(seed: int) -> None:
+    """Held alike they take and cost the same as apart, but for rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    context = Context(Geometry("", 6, 6, 3, 8, 16, 10, (None,) * 6, ""))
+    groups = ((0, 1), (2, 3), (4, 5))
+    kinds = [ways.Candidate("small", (Encoding(),)), ways.Candidate("one", (Encoding(),) * 3, groups)]
+    error = torch.rand(2, 6, 3, generator=draw, dtype=torch.float64)
+    choice, _ = dealt(
+        context, dict.fromkeys(hold.SIDES, kinds), dict.fromkeys(hold.SIDES, torch.tensor([2.0, 3.0]).double()),
+        dict.fromkeys(hold.SIDES, error), dict.fromkeys(hold.SIDES, torch.ones(2).double()), 2, "head",
+    )  # fmt: skip
+    assert not choice.ways.any()
+    assert choice.first.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_groups_within_groups() -> None:
     """Two layers of four may share, all four, or none; a leftover group has what suits it."""
     model = models._llama("deep", num_hidden_layers=6)(0)
@@ -218,8 +234,8 @@ def test_more_bytes_less_error_and_never_above_the_best_uniform(llama: Model, er
     """A uniform pair of no more bits is one of the choices that were weighed."""
     last = float("inf")
     context = Context(llama.geometry, llama, observed(llama, allocate.STATISTICS))
-    context.resume.update(allocate.given(context, errors))
-    options = build(allocate.Options, BRIEF, "allocate")
+    options = build(allocate.Options, {**BRIEF, "errors": errors}, "allocate")
+    context.resume.update(allocate.given(context, options))
     candidates = allocate.weighed(context, options, weigh.known(context))
     for share in (0.3, 0.4, 0.6):
         made = allocated(llama, bytes=share, errors=errors)
@@ -283,6 +299,9 @@ def test_another_budget_from_the_same_errors(llama: Model, errors: str) -> None:
     same(again.evidence["choice"], anew.evidence["choice"])
     with pytest.raises(InputError, match="other encodings"):
         allocated(llama, bytes=0.6, errors=errors, bits=(2, 3))
+    for other in (dict(bits=(1, 2, 3, 8)), dict(recent=4), dict(group=4)):  # as many as then
+        with pytest.raises(InputError, match="other encodings"):
+            allocated(llama, bytes=0.6, errors=errors, **other)
 
 
 def moments(seed: int, width: int = 6) -> torch.Tensor:

@@ -35,6 +35,8 @@ def test_the_widest_channels_are_hard() -> None:
     k[:, 1, :, 6] *= 30
     made = key(wide=0.5).fitted(k, None)
     order = made.transforms[0].index  # type: ignore[attr-defined]
+    ranges = (k[0].amax(1) - k[0].amin(1)).gather(1, order)
+    assert bool((ranges[:, :4].amin(1) > ranges[:, 4:].amax(1)).all())
     assert 3 in order[0, :4]
     assert 6 in order[1, :4]
     assert order.sort(-1).values.tolist() == [list(range(8))] * 2
