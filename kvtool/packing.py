@@ -5,8 +5,9 @@
     attention  o_i = attend(q_i, k_i, v_i)        on each prompt's slice, Σ len² instead of (Σ len)²
 
 which is attention under a block-diagonal causal mask, without the mask (prepacking: Zhao et al., arXiv 2404.09529). Who
-attends is the caller's: an observer of each prompt (`profile.py`), or each prompt's cache (`cache/share/together.py`),
-which then holds what a pass of its own would have put there. A piece may be a batch of B_i rows of one length.
+attends is the caller's: an observer of each prompt (`observing/forward.py`), or each prompt's cache
+(`cache/share/together.py`), which then holds what a pass of its own would have put there. A piece may be a batch of B_i
+rows of one length.
 
 The released code packs bins of the longest prompt's length, which are a padded batch, and feeds every prompt but for
 its last token. Here a row is a pass of its own and has no padding, so that `bins` need not look for the best fit: a row

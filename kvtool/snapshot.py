@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from kvtool import files, records
+from kvtool.cache.part import Part
 from kvtool.cache.segment_cache import SegmentCache
-from kvtool.cache.segment_layer import Part, SegmentLayer
+from kvtool.cache.segment_layer import SegmentLayer
 from kvtool.cache.share.documents import after, read
 from kvtool.cache.state import Document, dump, fill
 from kvtool.encoding.squeeze import Codes, expanded

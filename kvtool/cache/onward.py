@@ -15,7 +15,7 @@ It knows no method, and of models only that decoder layers take hidden states fi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,12 +23,10 @@ from torch.utils.hooks import RemovableHandle
 
 from kvtool.cache.keep.selector import Selector
 from kvtool.cache.lane import Step
+from kvtool.cache.part import Part
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.slots import Select
-
-if TYPE_CHECKING:
-    from kvtool.cache.segment_layer import Part
 
 
 @dataclass(frozen=True)

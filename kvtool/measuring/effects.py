@@ -23,9 +23,9 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvtool.corpus.base import Sample
+from kvtool.dense import plain
 from kvtool.encoding.encoding import Encoding
 from kvtool.model import Model
-from kvtool.profile import plain
 from kvtool.rotary import Rotary
 from kvtool.serving import Attention, Layer
 from kvtool_kernels.attend.reference import logits

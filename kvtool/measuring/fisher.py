@@ -18,8 +18,8 @@ from torch.nn import functional
 from transformers.cache_utils import Cache
 
 from kvtool.corpus.base import Sample
+from kvtool.dense import plain
 from kvtool.model import Model
-from kvtool.profile import plain
 from kvtool.rotary import Rotary
 from kvtool.serving import Attention, Layer
 from kvtool_kernels.attend import reference

@@ -15,8 +15,8 @@ import torch
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.corpus.base import Sample
 from kvtool.model import Model
+from kvtool.observing.stream import stream_hooks
 from kvtool.plan import Plan
-from kvtool.profile import stream_hooks
 from kvtool.slots import Keep
 from kvtool.statistics._base import cosines
 

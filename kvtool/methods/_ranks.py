@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from kvtool.dense import plain
 from kvtool.encoding.codecs import Affine, Codec, Raw
 from kvtool.encoding.encoding import Encoding
 from kvtool.encoding.transforms import Join, Linear
 from kvtool.errors import InputError
 from kvtool.model import Geometry
-from kvtool.profile import plain
 from kvtool.serving import Attention
 from kvtool.slots import RAW, Store
 from kvtool.statistics._base import States

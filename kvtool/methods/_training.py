@@ -21,10 +21,10 @@ from kvtool.corpus.needle import needle
 from kvtool.corpus.passkey import multi_passkey, passkey
 from kvtool.corpus.text import text
 from kvtool.corpus.twohop import twohop
+from kvtool.dense import plain
 from kvtool.errors import InputError, unknown
 from kvtool.methods._base import Context
 from kvtool.model import Geometry, Model
-from kvtool.profile import plain
 from kvtool.serving import Attention, Layer
 from kvtool.statistics._base import States
 

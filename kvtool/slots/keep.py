@@ -40,7 +40,7 @@ class Select(Record):
         `least`, and `budget` is the upper bound.
     pick: the rule that chooses so many entries by score (see `cache/keep/picks/`).
     minimum: entries that a head holds at least. sink, recent: entries that always stay; recent is a share of the prompt
-        if < 1.
+        if < 1. Where they alone exceed a budget the newest of them stay, as many as it says: first ones go first.
     when: "prefill" once the prompt is in; "chunk" after every chunk of it, so that prefill stays within the budget
         and one chunk; "step" once the prompt is in and at every decode step, so that the budget holds throughout. Where
         entries are scored again, scores are `decay` times the old ones plus the new ones (or the larger, for "max").

@@ -180,7 +180,9 @@ class Selecting(Scoring):
         if self.spec.pick == "per-query":
             seers = [max(1, sum(row >= e.row for row in self.looked)) for e in entries]
         worth = [e.score / count for e, count in zip(entries, seers, strict=True)]
-        order = sorted(range(len(entries)), key=lambda at: (sure[at], worth[at], at), reverse=True)
+        order = sorted(  # of entries that are sure to stay the newest, where there are more of them than may
+            range(len(entries)), key=lambda at: (sure[at], 0.0 if sure[at] else worth[at], at), reverse=True
+        )
         kept = sorted(order[:limit])
         if self.spec.pick == "representatives":
             kept = self._standing(order, limit, sum(sure), upper)

@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "values": dict(score="value-attention", observed=6),
     "counts": dict(score="above-average", observe="all"),
     "norms": dict(score="key-norm", recent=2),
+    "less-than-stays": dict(observed=4, sink=3, recent=7, share=(0.2, 0.3, 0.45)),
     "unlike-keys": dict(score="key-difference", sink=1, pool="mean", kernel=3),
     "layer": dict(observed=4, spread="layer", recent=1),
     "floor": dict(observed=4, spread="layer", floor=0.4, sink=1, recent=2),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvtool.cache.lane import Step
-from kvtool.cache.read.board import Board
-from kvtool.cache.read.reader import Place, Reader
+from kvtool.cache.read.board import Board, Place
+from kvtool.cache.read.reader import Reader
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.cache.segments import Dense
 from kvtool.calibrate import calibrate

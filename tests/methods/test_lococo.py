@@ -11,13 +11,13 @@ import torch
 
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
+from kvtool.dense import plain
 from kvtool.errors import InputError
 from kvtool.methods import _training
 from kvtool.methods._base import Context
 from kvtool.methods.lococo import Options, attended, loss, selection
 from kvtool.model import Model
 from kvtool.plan import Plan
-from kvtool.profile import plain
 from kvtool.serving import Attention
 from tests import models
 from tests.methods.training import interrupted, reused

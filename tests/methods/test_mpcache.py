@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtool.cache.read.board import Board
-from kvtool.cache.read.reader import Place, Reader
+from kvtool.cache.read.board import Board, Place
+from kvtool.cache.read.reader import Reader
 from kvtool.cache.read.summaries import between
 from kvtool.cache.read.summaries._base import Given
 from kvtool.cache.segment_cache import SegmentCache

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool.cache.read.board import Board
-from kvtool.cache.read.reader import Place, Reader
+from kvtool.cache.read.board import Board, Place
+from kvtool.cache.read.reader import Reader
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError

@@ -11,9 +11,9 @@ import torch
 
 from kvtool import registry
 from kvtool.cache.lane import Step
-from kvtool.cache.read.board import Board
+from kvtool.cache.read.board import Board, Place
 from kvtool.cache.read.clusters import clustered, means
-from kvtool.cache.read.reader import Place, Reader
+from kvtool.cache.read.reader import Reader
 from kvtool.cache.read.summaries._base import Given
 from kvtool.cache.segments import Dense
 from kvtool.errors import InputError
