@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 
 from kvtool.errors import InputError
@@ -23,8 +25,9 @@ def whole_groups(group: int, axis: str, *widths: int) -> None:
     """Groups of channels do not cross the end of the heads, nor that of the padding behind them."""
     if axis == "channel" and any(width % group for width in widths):
         raise InputError(
-            f"groups of {group} channels do not divide the width", got=" padded to ".join(map(str, widths))
-        )
+            f"groups of {group} channels do not divide the width", got=" padded to ".join(map(str, widths)),
+            remedy=f"a group of {gcd(group, *widths)}, say (--set group={gcd(group, *widths)} in most methods)",
+        )  # fmt: skip
 
 
 def written(scale: torch.Tensor, zero: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
