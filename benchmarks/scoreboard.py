@@ -1,7 +1,10 @@
-"""A scoreboard's JSON as a table for docs/scoreboard.md: python benchmarks/scoreboard.py scoreboard.json [LENGTH]
+"""A scoreboard's JSON as a table for docs/scoreboard.md.
 
-It runs nothing; `kvtool compare` made the file. Rows stand by budget, then by what they recall. Recall is known/after.
-Acceptance is of greedy tokens / of drawn ones. There are columns for those tasks alone that were run.
+python benchmarks/scoreboard.py scoreboard.json [LENGTH]     a line a row, by budget, then by what is recalled
+python benchmarks/scoreboard.py scoreboard.json passkey      a line a method: recall of this task, and bytes, by budget
+
+It runs nothing; `kvtool compare` made the file. Recall is known/after. Acceptance is of greedy tokens / of drawn ones.
+There are columns for those tasks alone that were run.
 """
 
 from __future__ import annotations
@@ -31,6 +34,29 @@ def main(path: str, length: str | None) -> None:
     for row in sorted(rows, key=lambda row: _order(row, length)):
         cells = _cells(row, length, tasks, numbers)
         print(f"| {' | '.join([*cells, *[''] * (len(columns) - len(cells))])} |")
+
+
+def by_budget(path: str, task: str) -> None:
+    """A line a method: recall of one task known/after, bytes held ÷ full behind it; and prefill, of the slowest row."""
+    rows = [row for row in json.loads(Path(path).read_text())["rows"] if not row["skipped"] and not row["error"]]
+    budgets = sorted({row["budget"] for row in rows if row["budget"]}, reverse=True)
+    lines: dict[str, dict[float | None, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["name"].partition("@")[0], {})[row["budget"]] = row["all"]
+    for cells in (("", *(f"{budget:.0%}" for budget in budgets), "prefill ×"), ["---"] * (len(budgets) + 2)):
+        print(f"| {' | '.join(cells)} |")
+    for name, found in sorted(lines.items(), key=lambda line: _recalls(line[1], task), reverse=True):
+        cells = [_cell(found.get(budget) or found.get(None), task) for budget in budgets]
+        print(f"| `{name}` | {' | '.join(cells)} | {max(each['prefill_ratio'] for each in found.values()):.2f} |")
+
+
+def _cell(found: dict[str, Any] | None, task: str) -> str:
+    return "" if found is None else f"{_recall(found, task)} ({found['bytes_ratio']:.2f})"
+
+
+def _recalls(found: dict[float | None, dict[str, Any]], task: str) -> float:
+    shares = [share or 0.0 for each in found.values() for share in _shares(each, task)]
+    return sum(shares) / len(shares)
 
 
 def _found(row: dict[str, Any], length: str | None) -> dict[str, Any]:
@@ -82,4 +108,7 @@ def _shares(found: dict[str, Any], task: str) -> list[float | None]:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) == 3 else None)
+    if sys.argv[-1] in RECALLED:
+        by_budget(*sys.argv[1:])
+    else:
+        main(sys.argv[1], sys.argv[2] if len(sys.argv) == 3 else None)
