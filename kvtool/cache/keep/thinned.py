@@ -52,7 +52,7 @@ class Thinned(Bulk):
         return [1] * tokens if self.finished and self.stepping else super().pieces(tokens)
 
     def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:
-        count = self._at_once(q, k, step)
+        count = self._at_once(q, k, v, step)
         if count is None:
             return super()._one(q, k, v, step)
         self._receive(k, v, step, q)
@@ -63,13 +63,14 @@ class Thinned(Bulk):
         self.recent.cut(self.recent.length - count)
         return out
 
-    def _at_once(self, q: torch.Tensor, k: torch.Tensor, step: Step) -> int | None:
+    def _at_once(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> int | None:
         """How many entries stay after this decode step, if it is one operation."""
         if not (self.scoring and self.finished and q.shape[2] == 1 and self.positions is None):
             return None
         held = self.recent.length + 1
         count = self.selector.due(held, step.end(1))
-        waiting = self.selector.queries or not self.selector.turn or q.requires_grad or k.requires_grad
+        learns = any(x.requires_grad for x in (q, k, v, *self.buffers()))
+        waiting = self.selector.queries or not self.selector.turn or learns
         return count if held - count <= 1 and not waiting and super().plain(step) else None
 
     def _gap(self) -> bool:
