@@ -27,6 +27,7 @@ from kvtool_kernels.latent import cpu as _latent_cpu
 from kvtool_kernels.latent import reference as _latent_reference
 from kvtool_kernels.merge import reference as _merge_reference
 from kvtool_kernels.merge.reference import Partial
+from kvtool_kernels.mixing import Mix
 from kvtool_kernels.packed import Layout, Packed
 from kvtool_kernels.packing import reference as _packing_reference
 from kvtool_kernels.prefill import reference as _prefill_reference
@@ -99,18 +100,19 @@ def attend_evict(
     largest: bool = False,
     alike: bool = False,
     nearest: bool = False,
+    mix: Mix | None = None,
 ) -> Evicted:
-    """Attention of one token, after which the entry that its softmax scores worst goes to the end of k and v, in
+    """Attention of one token, after which the entry that it scores worst goes to the end of k and v, in
     place; see `attend_evict/reference.py`."""
     if q.device.type == "cpu":
         return _attend_evict_cpu.attend_evict(
             q, k, v, before, scale=scale, free=free, softcap=softcap, heat=heat, noise=noise, group=group,
-            kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest,
+            kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
         )  # fmt: skip
     out, lse, seen = attend_scored(q, k, v, scale=scale, softcap=softcap)
     return _attend_evict_reference.evicted(
-        (out, lse), seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-        largest=largest, alike=alike, nearest=nearest,
+        (out, lse), seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise,
+        group=group, kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
     )  # fmt: skip
 
 

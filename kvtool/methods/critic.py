@@ -3,14 +3,16 @@
 Sharma et al., arXiv 2504.01281 (the PORAG and ATLAS paper). Partly reconstructed: the text was read, no code was found.
 
     s = w_a·minmax(attention received) + w_e·minmax(entropy of the entry's own row) + w_g·minmax(‖∂ℓ/∂k‖₁ + ‖∂ℓ/∂v‖₁)
-    ℓ = mean square of the difference between a layer's attention outputs for the newest two queries
+    ℓ = mean square of the difference between a layer's attention outputs now and a step before
     r = min(ratio + alpha·pressure, most);   keep max(minimum, (1 − r)·n) entries of every layer, the same in all heads
 
 Memory 2·b·d·K·L·max(minimum, (1 − r)·n). Where the printed text cannot be meant, ours is: attention received sums over
 queries (as printed, over keys, it is 1 for every row); an entropy is divided by the logarithm of how many entries the
 row sees; the size is settled once, where shrinking by 1 − r at every token would leave `minimum` entries soon. An
-entry's entropy is known only from the call that fed it, and counts as old score afterwards (`decay`). The weights are
-not published. Gradients are in closed form (see `cache/keep/scores/hybrid.py`).
+entry's entropy is known only from the call that fed it, and counts as old score afterwards (`decay`); that of a decode
+step, one number between 0 and 1, is not scaled. At the prompt's end ℓ is of its last two queries; the first decode step
+has no output before it. The weights are not published. Gradients are in closed form, and a decode step is one operation
+(see `cache/keep/scores/hybrid.py`).
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ def at(budget: float) -> dict[str, Any]:
 def calibrate(context: Context, options: Options) -> Decision:
     ratio = min(options.ratio + options.alpha * options.pressure, options.most)
     keep = thinned(
-        context, 1 - ratio, observe="all", score="hybrid", alike=True, minimum=options.minimum, when="step", history=2,
-        recent=2, decay=options.decay, position=options.position,
+        context, 1 - ratio, observe="all", score="hybrid", alike=True, minimum=options.minimum, when="step",
+        decay=options.decay, position=options.position,
         settings={name: getattr(options, name) for name in ("attention", "entropy", "gradient")},
     )  # fmt: skip
     return Decision(keep, facts={"ratio": ratio})

@@ -33,11 +33,12 @@ class Scoring:
     """Scores of the entries held, by the queries that look at them: rows of the prompt, or of the latest call."""
 
     at_end: bool  # is the prompt just over?
+    made: dict[int, torch.Tensor]  # query head → what the decode step before made
 
     def __init__(self, spec: Select, layer: int, q: Any, k: Any, v: Any, scale: float, softcap: float | None):
         self.spec, self.layer, self.q, self.k, self.v = spec, layer, q.double(), k.double(), v.double()
         self.scale, self.softcap = scale, softcap
-        self.group = len(q) // len(k)
+        self.group, self.made = len(q) // len(k), {}
 
     def _scores(self, held: Held, pending: list[int]) -> list[list[float]]:
         spec, out = self.spec, []
@@ -109,7 +110,7 @@ class Scoring:
     def _hybrid(self, held: Held, rows: list[int]) -> list[float]:
         received, entropy, moved = (torch.zeros(len(held[0]), dtype=torch.float64) for _ in range(3))
         for head in range(len(self.q)):
-            entries, before = held[head // self.group], None
+            entries, before = held[head // self.group], self.made.get(head)
             for row in rows:
                 seen = [at for at, e in enumerate(entries) if e.row <= row]
                 k = torch.stack([entries[at].k for at in seen]).requires_grad_()
@@ -128,9 +129,13 @@ class Scoring:
                     own = next(at for at in seen if entries[at].row == row)
                     entropy[own] += float(torch.special.entr(p.detach()).sum()) / math.log(len(seen)) / len(self.q)
                 before = out.detach()
+            if not self.at_end:
+                self.made[head] = before
         weights, total = self.spec.settings, torch.zeros_like(received)
         for name, x in (("attention", received), ("entropy", entropy), ("gradient", moved)):
-            if x.max() > x.min():
+            if len(rows) == 1 and name == "entropy":
+                total += weights[name] * x  # one number that is not 0, between 0 and 1
+            elif x.max() > x.min():
                 total += weights[name] * (x - x.min()) / (x.max() - x.min())
         return total.tolist()
 

@@ -59,8 +59,6 @@ CASES: dict[str, dict[str, Any]] = {
         score="hybrid",
         alike=True,
         when="step",
-        history=2,
-        recent=2,
         decay=0.8,
         settings={"attention": 0.3, "entropy": 0.3, "gradient": 0.4},
     ),

@@ -117,10 +117,10 @@ def test_held_entries_and_bytes_stay_within_the_budget(name: str) -> None:
                 assert (held <= spec.budget * (at + 1) + 1).all()
             else:
                 assert (held <= limit + grew).all()
-            if spec.when == "step" and not spec.growing:  # entries, scores and counts of two rows, and queries
+            if spec.when == "step" and not spec.growing:  # entries, scores and counts of two rows, queries or outputs
                 # room in buffers: `limit` are held, and a newcomer is attended to before one of them leaves
                 spare = held.numel() * (64 if spec.slack else 1)
-                queries = spec.history * model.geometry.query_heads * model.geometry.layers
+                queries = (spec.history + (spec.score == "hybrid")) * model.geometry.query_heads * model.geometry.layers
                 assert cache.nbytes <= (int(limit.sum()) + spare + queries + 3) * (whole + 32)
 
 

@@ -14,6 +14,7 @@ import math
 import numpy as np
 from numba import float32
 
+from kvtool_kernels._native import mixing
 from kvtool_kernels._native.attention import merge_splits, softmax
 from kvtool_kernels._native.products import inner, outer
 from kvtool_kernels._native.record import AT_ONCE, FP32, LANES
@@ -40,13 +41,15 @@ TILE = 64  # entries at a time
 SUM, MEAN, MAX = 0, 1, 2
 
 # The job. Strides count numbers, PITCH those of a row of logits or scores, PAD the zeros before and behind a row that
-# is pooled; HEAT is 1 / τ. At NOISES stands the address of the noise of each KV head.
+# is pooled; HEAT is 1 / τ. At NOISES stands the address of the noise of each KV head. If scores are MIXED: ATTENTION,
+# GRADIENT and ENTROPY (over all query heads and ln S) are their weights, MADE_BEFORE the outputs of a step before.
 (
     NEXT, THREAD, UNITS, SCRATCH, SCRATCH_SIZE, HEADS, GROUP, CHUNKS, ENTRIES, WIDTH, PITCH, PAD, QUERY,
     K_DATA, K_BATCH, K_HEAD, K_STEP, V_DATA, V_BATCH, V_HEAD, V_STEP, OUT, LSE, PARTS, LOGITS, SCORES,
     BEFORE, KNOWN, B_BATCH, B_HEAD, AFTER, GONE, NEAR, LOW, HIGH, NOISES, NOISE_STEP,
-    HEAT, HOT, HOW, KERNEL, DECAY, LARGEST, ALIKE, DONE_HEADS, DONE_ROWS, FIELDS,
-) = range(47)  # fmt: skip
+    HEAT, HOT, HOW, KERNEL, DECAY, LARGEST, ALIKE, DONE_HEADS, DONE_ROWS,
+    MIXED, MADE_BEFORE, CHANGES, ENTROPIES, ATTENTION, GRADIENT, ENTROPY, FIELDS,
+) = range(54)  # fmt: skip
 
 
 @inner_loop
@@ -159,12 +162,54 @@ def score_head(job, head, row):
         store(target, i, fma(load(FP32, LANES, target, i), gain, none))
     if kernel > 1:
         pool(target - kernel // 2 * 4, kernel, entries, scores)
+    remember(job, head, scores)
+
+
+@inner_loop
+def remember(job, head, scores):
+    """What a head's entries scored before joins what they score now."""
+    heads = field(job, HEADS)
     if field(job, BEFORE):
         before = field(job, BEFORE) + (head // heads * field(job, B_BATCH) + head % heads * field(job, B_HEAD)) * 4
         decay, best = read(job, 2 * DECAY), field(job, LARGEST)
         for i in range(field(job, KNOWN)):
             old, new = decay * read(before, i), read(scores, i)
             write(scores, i, max(new, old) if best else new + old)
+
+
+@inner_loop
+def mix_head(job, head, scratch):
+    """What a head's entries are paid, and what they move, to its rows of SCORES and CHANGES."""
+    group, heads, entries, pitch = field(job, GROUP), field(job, HEADS), field(job, ENTRIES), field(job, PITCH)
+    width, whole, widely = field(job, WIDTH), entries + -entries % LANES, float32(0.0)
+    rows, scores = field(job, LOGITS) + head * group * pitch * 4, field(job, SCORES) + head * pitch * 4
+    clear(scores, whole)
+    for r in range(group):
+        widely += mixing.pay(rows + r * pitch * 4, read(field(job, LSE), head * group + r), entries, scores)
+    write(field(job, ENTROPIES), head, widely)
+    if field(job, MADE_BEFORE):
+        changes, at = field(job, CHANGES) + head * pitch * 4, head * group * width * 4
+        query, now, before = field(job, QUERY) + at, field(job, OUT) + at, field(job, MADE_BEFORE) + at
+        v = field(job, V_DATA) + (head // heads * field(job, V_BATCH) + head % heads * field(job, V_HEAD)) * 4
+        clear(changes, whole)
+        mixing.moved_head(
+            rows, pitch, query, now, before, width, v, field(job, V_STEP), group, entries, scratch, changes
+        )
+
+
+@inner_loop
+def mix(job, first):
+    """All heads of a row are done, `first` and those that follow: they score the same, but for what they did before."""
+    heads, pitch, entries, widely = field(job, HEADS), field(job, PITCH), field(job, ENTRIES), float32(0.0)
+    for head in range(first, first + heads):
+        widely += read(field(job, ENTROPIES), head)
+    changes, scores = 0, field(job, SCORES) + first * pitch * 4
+    if field(job, MADE_BEFORE):
+        changes = field(job, CHANGES) + first * pitch * 4
+    attention, gradient, entropy = read(job, 2 * ATTENTION), read(job, 2 * GRADIENT), read(job, 2 * ENTROPY)
+    mixing.blend(scores, changes, heads, pitch, entries, attention, gradient, entropy * widely)
+    for head in range(heads):
+        remember(job, first + head, scores + head * pitch * 4)
 
 
 @inner_loop
@@ -242,11 +287,16 @@ def finish_head(job, head, row):
     parts = field(job, PARTS) + head * chunks * size * 4
     out, lse = field(job, OUT) + head * group * width * 4, field(job, LSE) + head * group * 4
     merge_splits(chunks, group, parts, size, width, out, lse)
-    score_head(job, head, row)
+    if field(job, MIXED):
+        mix_head(job, head, row)
+    else:
+        score_head(job, head, row)
     if not field(job, ALIKE):
         evict(job, head, row)
     elif take(field(job, DONE_ROWS) + head // heads * 8) == heads - 1:
         first = head // heads * heads
+        if field(job, MIXED):
+            mix(job, first)
         average(field(job, SCORES) + first * field(job, PITCH) * 4, heads, field(job, PITCH), field(job, ENTRIES))
         for each in range(heads):
             evict(job, first + each, row)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from kvtool_kernels._native import evicting, team
+from kvtool_kernels._native import evicting, mixing, team
 from kvtool_kernels._native.record import AT_ONCE, LANES, padded
 from kvtool_kernels.attend_evict.reference import Evicted
+from kvtool_kernels.mixing import Mix
 
 CHUNK = 128  # entries of a chunk at least, where a head is divided among threads
 SHARES = 2  # chunks per thread, so that none waits long for the last
@@ -32,9 +34,10 @@ def attend_evict(
     largest: bool,
     alike: bool,
     nearest: bool,
+    mix: Mix | None,
 ) -> Evicted:
     """As `attend_evict/reference.py`, for fp32 whose channels are whole vectors and neighbours in memory; up to LANES
-    heads a group, and no maximum that is pooled."""
+    heads a group, and no maximum that is pooled; with a mixture of scores, heads are alike."""
     batch, heads, _, width = q.shape
     kv_heads, entries = k.shape[1], k.shape[2]
     own, rows = heads // kv_heads, batch * kv_heads
@@ -42,14 +45,24 @@ def attend_evict(
     pitch, pad = padded(entries), padded(kernel // 2)
     stay = entries - (free[0] < free[1])
     scratch = max(AT_ONCE * evicting.TILE, pitch + 2 * pad, width)
+    if mix is not None:
+        scratch = max(scratch, own * (width + LANES) + AT_ONCE * mixing.TILE)
     sizes = [
         rows * own * width, rows * own, rows * chunks * (LANES + own * (LANES + width)), threads * scratch,
-        rows * own * pitch, rows * pitch, rows, 2 * rows,
+        rows * own * pitch, rows * pitch, rows, 2 * rows, rows, 0 if mix is None else rows * pitch,
     ]  # fmt: skip
-    out, lse, parts, room, logits, scores, gone, near = torch.empty(sum(sizes)).split(sizes)
+    out, lse, parts, room, logits, scores, gone, near, entropies, changes = torch.empty(sum(sizes)).split(sizes)
     after, query = torch.empty(batch, kv_heads, stay), (q * scale).contiguous()
     job = np.zeros(evicting.FIELDS + kv_heads + rows + batch, dtype=np.int64)  # behind it: noise, then what is done
     noises, done = (job.ctypes.data + 8 * at for at in (evicting.FIELDS, evicting.FIELDS + kv_heads))
+    mixture, kept = (0,) * 7, None
+    if mix is not None:
+        kept = None if mix.before is None else mix.before.float().contiguous()
+        many = heads * max(math.log(entries), 1e-30)
+        mixture = (
+            1, 0 if kept is None else kept.data_ptr(), changes.data_ptr(), entropies.data_ptr(),
+            _bits(mix.attention), _bits(mix.gradient), _bits(mix.entropy / many),
+        )  # fmt: skip
     known = (0, 0, 0, 0) if before is None else (before.data_ptr(), before.shape[2], before.stride(0), before.stride(1))
     job[: evicting.FIELDS] = [
         0, 0, rows * chunks, room.data_ptr(), 4 * scratch, kv_heads, own, chunks, entries, width, pitch, pad,
@@ -57,7 +70,7 @@ def attend_evict(
         out.data_ptr(), lse.data_ptr(), parts.data_ptr(), logits.data_ptr(), scores.data_ptr(),
         *known, after.data_ptr(), gone.data_ptr(), near.data_ptr() if nearest else 0, *free, noises if noise else 0,
         noise[0].stride(0) if noise else 0, _bits(1 / heat), bool(noise) or heat != 1, HOW[group], kernel,
-        _bits(decay), largest, alike, done, done + 8 * rows,
+        _bits(decay), largest, alike, done, done + 8 * rows, *mixture,
     ]  # fmt: skip
     if noise:
         job[evicting.FIELDS : evicting.FIELDS + kv_heads] = [x.data_ptr() for x in noise]

@@ -11,6 +11,7 @@ from kvtool_kernels._native.record import FEW, LANES, served
 from kvtool_kernels.attend.cpu import scored
 from kvtool_kernels.attend_evict import reference
 from kvtool_kernels.attend_evict.reference import Evicted
+from kvtool_kernels.mixing import Mix
 
 LEAST = 256  # entries from which on it is worth the import
 
@@ -32,6 +33,7 @@ def attend_evict(
     largest: bool = False,
     alike: bool = False,
     nearest: bool = False,
+    mix: Mix | None = None,
 ) -> Evicted:
     """As `reference.attend_evict`; what comes after attention is done as there for few entries, soft caps, other dtypes
     and narrow heads."""
@@ -42,12 +44,12 @@ def attend_evict(
     if not (dense and whole and smooth and softcap is None and k.shape[2] >= LEAST and served(q, k, v)):
         out, lse, seen = scored(q, k, v, scale=scale, softcap=softcap)
         return reference.evicted(
-            (out, lse), seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-            largest=largest, alike=alike, nearest=nearest,
+            (out, lse), seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise,
+            group=group, kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
         )  # fmt: skip
     from kvtool_kernels._native import launch_evicting  # only where it pays: Numba is slow to import
 
     return launch_evicting.attend_evict(
         q, k, v, before, scale=scale, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-        largest=largest, alike=alike, nearest=nearest,
+        largest=largest, alike=alike, nearest=nearest, mix=mix,
     )  # fmt: skip

@@ -3,13 +3,16 @@
     out, lse   as `attend`
     p_hj = softmax_j((logits_hj + ζ_hj) / τ)                    logits as in `attend`, soft-capped; ζ = 0 without noise
     s_kj = pool_j(reduce_{h of k} p_hj)                         sum, mean or max; the mean of `kernel` places, 0 outside
+                                                                or the same for all k: `mixing.py`, if there is a `mix`
     s_kj ← s_kj + decay · before_kj, or max(s_kj, decay · before_kj), for the entries that `before` knows
     s_kj ← mean_k s_kj                                          if heads go `alike`
     g_k  = argmin_{low ≤ j < high} s_kj                         of equal ones the first
     m_k, u_k = max, argmax_{j < S−1} cos(k_j, k_{S−1})          once g_k has left, if what is `nearest` is asked for
 
 Entry g_k leaves: in k and v it goes to the last place, S − 1, and those behind it move up by one, in place. With
-low = high nothing leaves. Scores are fp32 at least; a pooled maximum is that of the pooled heads.
+low = high nothing leaves. Scores are fp32 at least; a pooled maximum is that of the pooled heads. A mixture goes with
+heads that are alike, and with neither noise, heat nor pooling. A twin may take p below e^−87 for 0: of entries that are
+paid no more, another may leave.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 
 from kvtool_kernels.attend.reference import attend, logits
 from kvtool_kernels.merge.reference import Partial
+from kvtool_kernels.mixing import Mix, mixed
 from kvtool_kernels.precision import wide
 
 LEAST = 1e-12  # length of a key
@@ -45,6 +49,7 @@ def attend_evict(
     largest: bool = False,
     alike: bool = False,
     nearest: bool = False,
+    mix: Mix | None = None,
 ) -> Evicted:
     """q [B,H,1,D], k and v [B,K,S,D], the newest entry last; before [B,K,N], N ≤ S; free (low, high) as above; noise
     [G,S] of each KV head, the same for all rows → (out [B,H,1,D], lse [B,H,1]), the scores [B,K,S−1] of those that stay
@@ -52,17 +57,21 @@ def attend_evict(
     made = attend(q, k, v, scale=scale, softcap=softcap)
     seen = logits(q, k, scale=scale, softcap=softcap)
     return evicted(
-        made, seen, k, v, before, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-        largest=largest, alike=alike, nearest=nearest,
+        made, seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise, group=group,
+        kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
     )  # fmt: skip
 
 
 def evicted(
-    made: Partial, seen: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor | None, *,
-    free: tuple[int, int], nearest: bool, **scoring: Any,
+    made: Partial, seen: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor | None,
+    *, scale: float, softcap: float | None, free: tuple[int, int], nearest: bool, mix: Mix | None, **scoring: Any,
 ) -> Evicted:  # fmt: skip
     """What comes after attention, which has given `made` and the logits `seen` [B,H,1,S]."""
-    scores = scored(seen, before, k.shape[1], **scoring)
+    blend = None
+    if mix is not None:
+        p, logits = torch.softmax(seen, -1)[:, :, 0], seen[:, :, 0]
+        blend = mixed(mix, p, logits, q, v, made[0], scale=scale, softcap=softcap)
+    scores = scored(seen, before, k.shape[1], blend=blend, **scoring)
     if free[0] == free[1]:
         return made, scores, None, None
     gone = free[0] + scores[:, :, free[0] : free[1]].argmin(-1, keepdim=True)
@@ -95,15 +104,26 @@ def scored(
     decay: float,
     largest: bool,
     alike: bool,
+    blend: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits [B,H,1,S] → the scores [B,K,S] of all entries."""
+    """Logits [B,H,1,S], or what is made of them, `blend` [B,1,S] → the scores [B,K,S] of all entries."""
+    if blend is None:
+        scores = _paid(seen, kv_heads, heat, noise, group, kernel)
+    else:
+        scores = blend.repeat(1, kv_heads, 1)
+    if before is not None:
+        known, old = scores[:, :, : before.shape[2]], decay * before
+        known.copy_(torch.maximum(known, old) if largest else known + old)
+    return scores.mean(1, keepdim=True).expand_as(scores).contiguous() if alike else scores
+
+
+def _paid(
+    seen: torch.Tensor, kv_heads: int, heat: float, noise: Sequence[torch.Tensor], group: str, kernel: int
+) -> torch.Tensor:
+    """What the query pays, [B,K,S]."""
     if noise:
         seen = seen + torch.cat([*noise]).to(seen)[:, None]
     each = torch.softmax(seen / heat, -1)[:, :, 0].unflatten(1, (kv_heads, -1))
     if kernel > 1:
         each = torch.nn.functional.avg_pool1d(each.flatten(1, 2), kernel, 1, kernel // 2).view_as(each)
-    scores = each.amax(2) if group == "max" else each.mean(2) if group == "mean" else each.sum(2)
-    if before is not None:
-        known, old = scores[:, :, : before.shape[2]], decay * before
-        known.copy_(torch.maximum(known, old) if largest else known + old)
-    return scores.mean(1, keepdim=True).expand_as(scores).contiguous() if alike else scores
+    return each.amax(2) if group == "max" else each.mean(2) if group == "mean" else each.sum(2)

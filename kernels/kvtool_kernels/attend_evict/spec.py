@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from kvtool_kernels.mixing import Mix
+
 
 @dataclass(frozen=True)
 class Case:
     """q [B,H,1,D], k and v [B,K,S,D] in buffers with `room` more; `known` entries have a score from before, −1: none
-    has. The others are options of the operation; `noisy` adds noise."""
+    has. The others are options of the operation; `noisy` adds noise, `mixed` a mixture of scores, which knows what the
+    step before made if it `moved`."""
 
     batch: int = 1
     heads: int = 6
@@ -31,6 +34,8 @@ class Case:
     largest: bool = False
     alike: bool = False
     nearest: bool = False
+    mixed: bool = False
+    moved: bool = True
     size: float = 1.0  # standard deviation of the logits
 
     def __str__(self) -> str:
@@ -60,6 +65,12 @@ CASES = (
     *(Case(entries=entries, nearest=True) for entries in (2, 40, 257)),
     Case(known=499, recent=250, batch=2, nearest=True, room=5),
     Case(heads=10, kv_heads=5, width=128, alike=True, nearest=True),
+    *(Case(entries=entries, alike=True, mixed=True) for entries in (1, 2, 40, 257)),
+    Case(known=499, decay=0.9, alike=True, mixed=True, batch=2, room=7),
+    Case(kv_heads=3, heads=9, known=400, largest=True, alike=True, mixed=True, moved=False),
+    Case(heads=15, kv_heads=3, width=128, entries=333, low=4, recent=50, alike=True, mixed=True),
+    Case(softcap=3.0, size=5.0, alike=True, mixed=True),
+    Case(size=4.0, alike=True, mixed=True, nearest=True),
     Case(size=100.0),
     Case(size=0.0, low=7),
 )
@@ -75,10 +86,11 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
     before = None if case.known < 0 else torch.rand(case.batch, case.kv_heads, case.known, generator=draw).to(device)
     group = case.heads // case.kv_heads
     noise = [torch.randn(group, case.entries + 5, generator=draw).to(device)[:, 2:-3] for _ in range(case.kv_heads)]
+    made = torch.randn(q.shape, generator=draw).to(device, dtype) if case.mixed and case.moved else None
     return {
         "q": q.to(device, dtype), "k": k[:, :, : case.entries], "v": v[:, :, : case.entries], "before": before,
         "scale": case.width**-0.5, "free": (case.low, max(case.low, case.entries - case.recent)),
         "softcap": case.softcap, "heat": case.heat, "noise": noise if case.noisy else (), "group": case.group,
         "kernel": case.kernel, "decay": case.decay, "largest": case.largest, "alike": case.alike,
-        "nearest": case.nearest,
+        "nearest": case.nearest, "mix": Mix(0.5, 0.2, 0.3, made) if case.mixed else None,
     }  # fmt: skip

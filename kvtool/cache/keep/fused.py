@@ -5,10 +5,11 @@
 That is what the stages of `selector.py` come to where one query scores by its softmax, at most one entry leaves, and
 what leaves is gone or joins one other: nothing is attended to twice, no copy of what stays is made, and the stages'
 tensors are not there. Every other step goes through the stages. A scoring rule takes part that has `shift(view)`: what
-it adds to the logits of a step's query before the softmax, fp32 [G,S] of each KV head, or nothing; a picking rule that
-has `among(spec, held, count, free)`: where the lowest score is looked for, if count = held − 1 entries are to stay; and
-a merging rule that drops at decode steps (`ONCE`), or has `join(k, v, near, spec, memory)`: the last of k, v [B,K,S,D],
-which leaves, joins the kept key that is most like its own, `near`, or is gone, in place.
+it adds to the logits of a step's query before the softmax, fp32 [G,S] of each KV head, or nothing; or, where heads go
+alike, `blend(view)`: what else the score is a mixture of, and the step's output is its `memory` then. A picking rule,
+that has `among(spec, held, count, free)`: where the lowest score is looked for, if count = held − 1 entries are to
+stay. A merging rule that drops at decode steps (`ONCE`), or has `join(k, v, near, spec, memory)`: the last of k, v
+[B,K,S,D], which leaves, joins the kept key that is most like its own, `near`, or is gone, in place.
 
 Where the rule that picks is blind, and has `gap(spec, held, count, free)`, the first of the entries that leave, nothing
 is scored, and no stage is run either.
@@ -44,8 +45,10 @@ def scores_at_once(selector: Selector) -> bool:
         return False
     pooled = spec.pool != "none" and spec.kernel > 1
     smooth = not pooled or (spec.pool == "mean" and (spec.group != "max" or not spec.group_first))
-    known = hasattr(selector.rule, "shift") and hasattr(selector.picking, "among")
-    return known and smooth and spec.weights is None and not selector.blind
+    known = hasattr(selector.rule, "shift") and smooth
+    if hasattr(selector.rule, "blend"):
+        known = spec.alike and not (pooled or spec.warming) and spec.temperature == 1
+    return known and hasattr(selector.picking, "among") and spec.weights is None and not selector.blind
 
 
 def turn(selector: Selector, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, step: Step) -> Partial:
@@ -57,13 +60,16 @@ def turn(selector: Selector, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         where = selector.picking.among(spec, held, count, selector.free(held))
         low, high = (where.start, where.stop) if where.start < where.stop else (0, 1)
     view = selector.seen(q, NONE, k, v, step, {})
-    join = getattr(selector.merging, "join", None)
+    join, blend = getattr(selector.merging, "join", None), getattr(selector.rule, "blend", None)
     made, scores, _, near = attend_evict(
         q, k, v, selector.running if selector.remembers else None, scale=step.scale, free=(low, high),
-        softcap=step.softcap, heat=spec.temperature + spec.warming * selector.turn, noise=selector.rule.shift(view),
-        group=spec.group, kernel=1 if spec.pool == "none" else spec.kernel, decay=spec.decay,
-        largest=spec.reduce == "max", alike=spec.alike, nearest=join is not None,
+        softcap=step.softcap, heat=spec.temperature + spec.warming * selector.turn,
+        noise=() if blend else selector.rule.shift(view), group=spec.group,
+        kernel=1 if spec.pool == "none" else spec.kernel, decay=spec.decay, largest=spec.reduce == "max",
+        alike=spec.alike, nearest=join is not None, mix=blend(view) if blend else None,
     )  # fmt: skip
+    if blend is not None:
+        selector.memory["output"] = made[0]
     if join is not None and near is not None:
         join(k, v, near, spec, selector.memory)
     selector.passed(scores if selector.remembers else None)

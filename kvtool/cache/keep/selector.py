@@ -54,11 +54,11 @@ class Selector:
         self.queries: list[torch.Tensor] = []
         self.first: list[int] = []
         self.running: torch.Tensor | None = None  # scores of the entries held, if they will be scored again
-        self.memory: Tags = {}  # what the merging rule keeps
+        self.memory: Tags = {}  # what the rules keep, besides
         self.turn = 0
         self.logits: torch.Tensor | None = None  # of the only query that is remembered, if attention has them
         self.limit = 0  # entries a head may hold, once that is settled
-        old = bool(spec.decay) or spec.reduce == "max"
+        old = bool(spec.decay) or spec.reduce == "max" or getattr(self.rule, "RECALLS", False)
         self.remembers = self.rule.SEES == "own" or (self.rule.SEES == "queries" and old)
         self.blind = getattr(self.picking, "BLIND", False) and not getattr(self.merging, "SCORES", False)
         if spec.when == "chunk":
@@ -137,7 +137,7 @@ class Selector:
         """What a rule is given of these queries and entries, as in `View`."""
         return View(
             q, rows, k, v, step.scale, step.softcap, self.spec, self.layer, self.heads, self.turn, tags, self.rotary,
-            self.logits,
+            self.memory, self.logits,
         )  # fmt: skip
 
     def scores(self, view: View) -> torch.Tensor:

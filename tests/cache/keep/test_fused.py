@@ -17,13 +17,14 @@ from tests.tolerance import close, same
 
 B, H, K, D = 2, 6, 2, 32
 NAMES = ["step-sum", "step-newest", "step-decay", "step-pooled", "step-growing", "step-gumbel", "step-distance",
-         "step-slack"]  # fmt: skip
+         "step-slack", "step-hybrid"]  # fmt: skip
 SPLIT = dict(observe="all", reduce="sum", when="step", pick="split", settings={"newest": 0.5}, sink=2)
 CASES: dict[str, dict[str, Any]] = {
     **{name: {k: v for k, v in SELECTIONS[name].items() if k != "share"} for name in NAMES},
     "window": dict(observed=8, recent=8, when="step", decay=0.0, pool="mean", kernel=15),
     "pooled-first": dict(observed=1, when="step", decay=0.5, pool="mean", kernel=3, group="max"),
     "alike": dict(observed=1, when="step", decay=0.0, recent=1, alike=True, sink=3),
+    "mixed": dict(SELECTIONS["step-hybrid"], decay=0.0, sink=3, recent=9),
     "split": SPLIT,
     "moving": dict(SPLIT, merge="moving", weigh="cosine"),
     "nearest": dict(SELECTIONS["step-merge"], count=False),
@@ -120,6 +121,7 @@ def test_it_is_the_one_operation_that_runs(monkeypatch: pytest.MonkeyPatch) -> N
         dict(SELECTIONS["step-merge"]),
         dict(SELECTIONS["step-history"]),
         dict(SELECTIONS["step-norms"]),
+        dict(SELECTIONS["step-hybrid"], alike=False),
         dict(SELECTIONS["step-newest"], weights=torch.ones(1, H)),
         dict(SELECTIONS["step-newest"], pool="max", kernel=3),
         dict(SELECTIONS["last"]),

@@ -6,8 +6,9 @@ A rule is a file with `SEES` and `score(view) -> Tensor`, higher for entries wor
     "entries"   keys and values alone: [B,K,S]
     "own"       each entry once, as it comes, with its own token's query: [B,K,S]; its score stays what it was then
 
-and `NEEDS`, if it looks at the entries' "positions" or "tokens", which are remembered only then; and `shift`, where a
-decode step can be one operation (see `fused.py`).
+and `NEEDS`, if it looks at the entries' "positions" or "tokens", which are remembered only then; `RECALLS`, if a decode
+step leaves something for the next one in `view.memory`, and is scored whether anything is to leave or not; and `shift`
+or `blend`, where a decode step can be one operation (see `fused.py`).
 
     p_ij = softmax_j(scale · q_i · k_j / τ) over the entries that query i sees;   s_j = reduce_i f(p_ij)
 
@@ -43,8 +44,9 @@ class View:
 
     layer, heads: where the K heads are in the model; turn: how often these entries were scored before.
     tags: int64 [B,K,S], the entries' "positions" (what RoPE was given) and "tokens", for rules that need them.
-    rotary: the layer's rotation. logits: q·k of the only query, scaled and capped, [B,H,1,S], where they are known.
-    account: what payments are shared through (`memo.py`), if they are; a view that is made from this one has none.
+    rotary: the layer's rotation. memory: what the rules keep, by name. logits: q·k of the only query, scaled and
+    capped, [B,H,1,S], where they are known. account: what payments are shared through (`memo.py`), if they are; a view
+    that is made from this one has none.
     """
 
     q: torch.Tensor
@@ -59,6 +61,7 @@ class View:
     turn: int = 0
     tags: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary: Rotary = NONE
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
     logits: torch.Tensor | None = None
     account: Account | None = field(default=None, init=False)
 
@@ -113,10 +116,17 @@ def visible(view: View, noise: Noise | None = None) -> Iterator[tuple[torch.Tens
     """As `probabilities`, but p ends with the last entry that a query of the block sees.
 
     noise: what is added to a block's logits, given their shape."""
+    for rows, logits in hot(view, noise):
+        written = logits is not view.logits and not logits.requires_grad
+        yield rows, torch.softmax(logits, -1, out=logits if written else None)
+
+
+def hot(view: View, noise: Noise | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What `visible` is the softmax of: logits ÷ τ, −inf where nothing is seen."""
     heat = view.spec.temperature + view.spec.warming * view.turn
     if view.logits is not None:  # of the newest query, which sees all
         logits = view.logits if noise is None else view.logits + noise(view.logits.shape).to(view.logits)
-        yield view.rows, torch.softmax(logits if heat == 1 else logits / heat, -1)
+        yield view.rows, logits if heat == 1 else logits / heat
         return
     keys, kv_heads = wide(view.k).mT, view.k.shape[1]
     for low in range(0, view.q.shape[2], BLOCK):
@@ -134,7 +144,7 @@ def visible(view: View, noise: Noise | None = None) -> Iterator[tuple[torch.Tens
         if first < end:
             hidden = torch.arange(first, end, device=logits.device) > rows[:, None]
             logits[..., first:].masked_fill_(hidden, float("-inf"))
-        yield rows, torch.softmax(logits, -1, out=None if logits.requires_grad else logits)
+        yield rows, logits
 
 
 def reduced(view: View, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
