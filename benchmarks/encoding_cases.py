@@ -113,8 +113,10 @@ case(
     ("minicache", WINDOW | {"block": 64}),
     ("minicache", {"mode": "calibrated", **WINDOW, "block": 64}),
     ("minicache", {"mode": "calibrated", "by": "cosine", **WINDOW, "block": 64}),
+    ("minicache", {"mode": "calibrated", "by": "divergence", **WINDOW, "block": 64}),
     ("minicache", {"merged": 0.2, **WINDOW, "block": 64}),
     ("minicache", {"merged": 0.2, "mode": "calibrated", **WINDOW, "block": 64}),
+    ("minicache", {"merged": 0.2, "mode": "calibrated", "by": "divergence", **WINDOW, "block": 64}),
 )
 case(
     "Codes for the disk (cachegen)",

@@ -13,12 +13,15 @@ retained tokens are from memory of the paper. Departures: tokens are retained by
 capacity is fixed, where the paper cuts at a share of the range of angles; and per KV head. xKV's reimplementation
 keeps the most similar tokens instead, by a mask the wrong way round, and with its default all of them; not here. New
 entries wait in the raw window until both layers have written them. In mode=calibrated, which is ours, the pairs are
-those that cost least, without overlap, keys and values apart, as many as the published ones; t is each pair's best.
+those that cost least, without overlap, keys and values apart, as many as the published ones; t is each pair's best. A
+cost is the error of the direction, or 1 − cosine, or what merging this pair alone does to predictions: the divergence
+sees that some layers' errors matter less than others', which an error does not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,9 +29,13 @@ import torch
 from kvtool.encoding.codecs import Affine, Codec, Raw, Slerp
 from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
+from kvtool.measuring.divergence import Judge
 from kvtool.methods._base import Context, Decision, full_attention, share
+from kvtool.methods._holding import SIDES
 from kvtool.methods._pairs import Choice, cheapest, deepest
+from kvtool.methods._weighing import samples
 from kvtool.options import at_least
+from kvtool.plan import Plan
 from kvtool.slots import RAW, Store
 from kvtool.statistics.slerp import PLACES
 
@@ -41,25 +48,29 @@ AXES: tuple[Literal["token", "channel"], ...] = ("token", "channel")  # of the c
 class Options:
     """mode: published, which merges the deepest layers pair by pair, or calibrated, which merges those that measured
     best. merged: share of the layers that are merged. t: where the direction lies between the two layers', in published
-    mode. by: what calibrated pairs are chosen by, error or cosine. retain: share of the tokens that stays as it is.
-    bits: of directions, and of layers that are not merged; 16 leaves those as they are. group: numbers that share a
-    range. recent: newest entries that stay raw. block: entries that leave the raw window together, and among which the
-    retained are chosen. sink: first entries that stay raw."""
+    mode. by: what calibrated pairs are chosen by: error or cosine of directions, or divergence of predictions. retain:
+    share of the tokens that stays as it is. bits: of directions, and of layers that are not merged; 16 leaves those as
+    they are. group: numbers that share a range. recent: newest entries that stay raw. block: entries that leave the raw
+    window together, and among which the retained are chosen. sink: first entries that stay raw. samples, tokens, steps:
+    texts that divergence is measured on, their length, and the tokens decoded after each."""
 
     mode: Literal["published", "calibrated"] = "published"
     merged: float = 0.5
     t: float = 0.6
-    by: Literal["error", "cosine"] = "error"
+    by: Literal["error", "cosine", "divergence"] = "error"
     retain: float = 0.05
     bits: int = 16
     group: int = 32
     recent: int = 32
     block: int = 64
     sink: int = 0
+    samples: int = 2
+    tokens: int = 512
+    steps: int = 32
 
     def __post_init__(self) -> None:
         at_least(0, self, "recent", "sink")
-        at_least(1, self, "block", "group")
+        at_least(1, self, "block", "group", "samples", "tokens", "steps")
         share(self.merged, "merged")
         if not (1 <= self.bits <= 8 or self.bits == 16):
             raise InputError("bad option bits", got=self.bits, expected="1 to 8, or 16")
@@ -86,6 +97,8 @@ def calibrate(context: Context, options: Options) -> Decision:
         error, cosine, arcs = measured(context)
         evidence = {"error": error, "cosine": cosine, "t": arcs}
         costs = error if options.by == "error" else 1 - cosine
+        if options.by == "divergence":
+            costs = evidence["divergence"] = divergences(context, possible, arcs, options)
         chosen = cheapest(torch.where(possible[:, None], costs, torch.inf), 2 * len(chosen))
     facts = {"pairs": [[first, first + 1, *("kv"[side] for side in sides)] for first, sides in chosen.items()]}
     return Decision(store=_store(g.layers, g.kv_heads, chosen, arcs, options), evidence=evidence, facts=facts)
@@ -101,6 +114,22 @@ def measured(context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     best = errors.min(-1)
     relative = best.values / torch.where(energy == 0, 1.0, energy)
     return relative.float(), cosine.float(), PLACES[best.indices]
+
+
+def divergences(context: Context, possible: torch.Tensor, arcs: torch.Tensor, options: Options) -> torch.Tensor:
+    """fp32 [L−1,2]: KL of predictions, nats a token, with one pair of layers merged, its keys or its values, and
+    everything else as it is; 0 where no pair is possible. Resumable."""
+    model, g = context.running, context.geometry
+    alone, pairs = replace(options, bits=16), possible.nonzero().flatten().tolist()
+    found = context.resume.get("divergence", torch.full((g.layers - 1, 2), torch.nan))
+    judge = Judge(model, samples(context, count=options.samples, tokens=options.tokens, steps=options.steps))
+    for done, (pair, side) in enumerate(itertools.product(pairs, range(2)), 1):
+        if found[pair, side].isnan():
+            store = _store(g.layers, g.kv_heads, {pair: (side,)}, arcs, alone)
+            found[pair, side] = judge.divergences(Plan("minicache", model.fingerprint, store=store)).mean()
+            context.checkpoint({"divergence": found})
+        context.progress(done, 2 * len(pairs), f"layers {pair} and {pair + 1}, {SIDES[side]}")
+    return found.nan_to_num()
 
 
 def _store(layers: int, heads: int, chosen: Choice, arcs: torch.Tensor, options: Options) -> Store:

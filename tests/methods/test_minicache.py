@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
+from kvtool.corpus.text import text
 from kvtool.encoding.codecs import Affine, Raw, Slerp
 from kvtool.methods._pairs import Choice, cheapest, deepest
+from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.slots import Store
+from tests import models
 from tests.analyze.traces import KV, blank
+from tests.laws.methods import plan as decided
+from tests.running import feed
 from tests.tolerance import close, same
 
 LAYERS = 10
@@ -96,6 +104,38 @@ def test_layers_that_cannot_be_paired_are_left_alone() -> None:
     costs = torch.tensor([[1.0, 1.0], [torch.inf, torch.inf], [torch.inf, torch.inf]])
     assert cheapest(costs, 6) == {0: (0, 1)}
     assert deepest(4, 0, torch.tensor([True, True, False])) == {0: (0, 1)}
+
+
+def test_the_divergence_knows_which_layers_do_not_matter() -> None:
+    """Nothing comes out of the attention of layers 0 and 1: their directions differ as others' do, and may be wrong."""
+    model = models.build("llama")
+    for module in model.attention_modules[:2]:
+        layer: Any = module
+        layer.o_proj.weight.data.zero_()
+    options: dict[str, Any] = dict(samples=1, tokens=48, steps=8, recent=3, block=8, mode="calibrated", merged=0.7)
+    made = decided("minicache", model, options | dict(by="divergence"))
+    cost = made.evidence["divergence"]
+    assert float(cost[0].abs().max()) < 1e-6
+    assert float(cost[1].min()) > 1e-4
+    assert made.provenance["facts"]["pairs"] == [[0, 1, "k", "v"]]
+    assert float(decided("minicache", model, options).evidence["error"][0].min()) > 0.1
+
+
+def test_the_divergence_is_that_of_one_merged_pair(llama: Model) -> None:
+    """Text by hand: the full cache's predictions and the plan's, after a prompt of 48 tokens."""
+    options: dict[str, Any] = dict(samples=1, tokens=48, steps=8, recent=3, block=8, retain=0.0)
+    made = decided("minicache", llama, options | dict(mode="calibrated", by="divergence", merged=0.7))
+    alone = decided("minicache", llama, options | dict(merged=0.7, t=float(made.evidence["t"][1, 0])))
+    assert alone.store is not None
+    sides = [replace(each, codec=Raw()) if isinstance(each.codec, Slerp) else each for each in alone.store.values]
+    keys_only = replace(alone, store=replace(alone.store, values=tuple(sides)))
+    ids = text(models.with_tokenizer(llama), tokens=56, samples=1, seed=0, half="calibration").samples[0].tokens[None]
+    chunks = [47, *[1] * 8]
+    full, thin = (feed(llama, SegmentCache(llama, plan), ids[:, :55], chunks)[0, 47:] for plan in (None, keys_only))
+    p = full.double().softmax(-1)
+    kl = (p * (full.double().log_softmax(-1) - thin.double().log_softmax(-1))).sum(-1).mean()
+    close(made.evidence["divergence"][1, 0].double(), kl, torch.float32)
+    assert float(kl) > 0
 
 
 def test_what_is_measured() -> None:
