@@ -1,10 +1,9 @@
 """A scoreboard's JSON as a table for docs/scoreboard.md.
 
 python benchmarks/scoreboard.py scoreboard.json [LENGTH]     a line a row, by budget, then by what is recalled
-python benchmarks/scoreboard.py scoreboard.json passkey      a line a method: recall of this task, and bytes, by budget
 
 It runs nothing; `kvtool compare` made the file. Recall is known/after. Acceptance is of greedy tokens / of drawn ones.
-There are columns for those tasks alone that were run.
+There are columns for what was run.
 """
 
 from __future__ import annotations
@@ -28,35 +27,13 @@ def main(path: str, length: str | None) -> None:
     rows = [row for row in board["rows"] if not row["skipped"]]
     tasks = [task for task in RECALLED if any(_recalled(_found(row, length), task) for row in rows)]
     numbers = [name for name, (task, *_) in NUMBERS.items() if any(_tally(_found(row, length), task) for row in rows)]
-    columns = ("", "bytes", *tasks, *numbers, "prefill ×", "calibration")
+    stepped = any(_found(row, length).get("decode_ratio") for row in rows)
+    columns = ("", "bytes", *tasks, *numbers, "prefill ×", *["decode ×"] * stepped, "calibration")
     for cells in (columns, ["---"] * len(columns)):
         print(f"| {' | '.join(cells)} |")
     for row in sorted(rows, key=lambda row: _order(row, length)):
-        cells = _cells(row, length, tasks, numbers)
+        cells = _cells(row, length, tasks, numbers, stepped)
         print(f"| {' | '.join([*cells, *[''] * (len(columns) - len(cells))])} |")
-
-
-def by_budget(path: str, task: str) -> None:
-    """A line a method: recall of one task known/after, bytes held ÷ full behind it; and prefill, of the slowest row."""
-    rows = [row for row in json.loads(Path(path).read_text())["rows"] if not row["skipped"] and not row["error"]]
-    budgets = sorted({row["budget"] for row in rows if row["budget"]}, reverse=True)
-    lines: dict[str, dict[float | None, dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(row["name"].partition("@")[0], {})[row["budget"]] = row["all"]
-    for cells in (("", *(f"{budget:.0%}" for budget in budgets), "prefill ×"), ["---"] * (len(budgets) + 2)):
-        print(f"| {' | '.join(cells)} |")
-    for name, found in sorted(lines.items(), key=lambda line: _recalls(line[1], task), reverse=True):
-        cells = [_cell(found.get(budget) or found.get(None), task) for budget in budgets]
-        print(f"| `{name}` | {' | '.join(cells)} | {max(each['prefill_ratio'] for each in found.values()):.2f} |")
-
-
-def _cell(found: dict[str, Any] | None, task: str) -> str:
-    return "" if found is None else f"{_recall(found, task)} ({found['bytes_ratio']:.2f})"
-
-
-def _recalls(found: dict[float | None, dict[str, Any]], task: str) -> float:
-    shares = [share or 0.0 for each in found.values() for share in _shares(each, task)]
-    return sum(shares) / len(shares)
 
 
 def _found(row: dict[str, Any], length: str | None) -> dict[str, Any]:
@@ -69,11 +46,11 @@ def _order(row: dict[str, Any], length: str | None) -> tuple[float, float, str]:
     return -(row["budget"] or (2.0 if row["kind"] == "control" else 1.0)), -sum(quality), row["name"]
 
 
-def _cells(row: dict[str, Any], length: str | None, tasks: list[str], numbers: list[str]) -> list[str]:
+def _cells(row: dict[str, Any], length: str | None, tasks: list[str], numbers: list[str], stepped: bool) -> list[str]:
     found = _found(row, length)
     if row["error"] or not found:
         return [f"`{row['name']}`", row["error"] or "not run"]
-    seconds = row["calibration_seconds"]
+    seconds, step = row["calibration_seconds"], found.get("decode_ratio")
     return [
         f"`{row['name']}`",
         f"{found['bytes_ratio']:.3f}",
@@ -83,6 +60,7 @@ def _cells(row: dict[str, Any], length: str | None, tasks: list[str], numbers: l
             for task, *names in map(NUMBERS.__getitem__, numbers)
         ),
         f"{found['prefill_ratio']:.2f}",
+        *["" if step is None else f"{step:.2f}"] * stepped,
         "" if seconds is None else "none" if seconds < 1 else f"{seconds:.0f} s",
     ]
 
@@ -108,7 +86,4 @@ def _shares(found: dict[str, Any], task: str) -> list[float | None]:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    if sys.argv[-1] in RECALLED:
-        by_budget(*sys.argv[1:])
-    else:
-        main(sys.argv[1], sys.argv[2] if len(sys.argv) == 3 else None)
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) == 3 else None)

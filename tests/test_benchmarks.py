@@ -44,6 +44,7 @@ def test_a_scoreboard_has_columns_for_the_tasks_that_were_run(tmp_path: Path, ca
     }  # fmt: skip
     row = {"name": "quest@0.25", "kind": "method", "budget": 0.25, "error": None, "skipped": False,
            "calibration_seconds": 12.0, "all": found}  # fmt: skip
+    timed = {**row, "name": "kivi@0.25", "all": found | {"decode_ratio": 0.875}}
     failed = {"name": "duo@0.25", "kind": "method", "budget": 0.25, "error": "no gates", "skipped": False}
     (tmp_path / "board.json").write_text(json.dumps({"rows": [row, failed]}))
     runpy.run_path(str(BENCHMARKS / "scoreboard.py"))["main"](str(tmp_path / "board.json"), None)
@@ -53,22 +54,11 @@ def test_a_scoreboard_has_columns_for_the_tasks_that_were_run(tmp_path: Path, ca
         "| `duo@0.25` | no gates |  |  |  |",
         "| `quest@0.25` | 0.250 | 0.750/0.500 | 1.00 | 12 s |",
     ]
-
-
-def test_a_scoreboard_by_budget_has_a_line_a_method(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def row(budget: float | None, known: float, prefill: float) -> dict[str, Any]:
-        tallies = {"known": {"passkey": {"recall": known}}, "after": {"passkey": {"recall": 0.0}}}
-        name = "full" if budget is None else f"quest@{budget}"
-        return {"name": name, "budget": budget, "error": None, "skipped": False,
-                "all": {**tallies, "bytes_ratio": budget or 1.0, "prefill_ratio": prefill}}  # fmt: skip
-
-    (tmp_path / "board.json").write_text(
-        json.dumps({"rows": [row(0.25, 0.2, 1.5), row(None, 1.0, 1.0), row(0.5, 0.8, 1.25)]})
-    )
-    runpy.run_path(str(BENCHMARKS / "scoreboard.py"))["by_budget"](str(tmp_path / "board.json"), "passkey")
+    (tmp_path / "board.json").write_text(json.dumps({"rows": [row, timed]}))
+    runpy.run_path(str(BENCHMARKS / "scoreboard.py"))["main"](str(tmp_path / "board.json"), None)
     assert capsys.readouterr().out.splitlines() == [
-        "|  | 50% | 25% | prefill × |",
-        "| --- | --- | --- | --- |",
-        "| `full` | 1.00/0.00 (1.00) | 1.00/0.00 (1.00) | 1.00 |",
-        "| `quest` | 0.80/0.00 (0.50) | 0.20/0.00 (0.25) | 1.50 |",
+        "|  | bytes | acceptance | prefill × | decode × | calibration |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| `kivi@0.25` | 0.250 | 0.750/0.500 | 1.00 | 0.88 | 12 s |",
+        "| `quest@0.25` | 0.250 | 0.750/0.500 | 1.00 |  | 12 s |",
     ]
