@@ -96,7 +96,7 @@ def scoreboard(text: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
             row = dict(zip(columns, _cells(line), strict=True))
             name = row[columns[0]].strip("`")
             if "bytes" in row:
-                board[name] = row
+                board.setdefault(name, row)
             elif columns[0] == "method":
                 elsewhere.setdefault(name, title)
     return board, elsewhere
