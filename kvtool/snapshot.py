@@ -183,7 +183,7 @@ def _state(layer: SegmentLayer, seen: set[int]) -> Document:
 
 
 def _fill(layer: SegmentLayer, state: Document) -> None:
-    part = Part([0], 0, layer.make())
+    part = Part([0], 0, layer.make(len(layer.parts)))
     part.fed, part.origin = state["fed"], state["origin"]
     for lane, document in zip(part.lanes, state["lanes"], strict=True):
         fill(lane, document)

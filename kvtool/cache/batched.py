@@ -21,9 +21,9 @@ from kvtool.serving import Attention, Layer
 class Batched(Layer):
     """Abstract: the parts, and what stands beside them. `columns` counts tokens fed, padding included."""
 
-    def __init__(self, make: Callable[[], list[Lane]], *, by_row: bool, onward: Onward | None):
+    def __init__(self, make: Callable[[int], list[Lane]], *, by_row: bool, onward: Onward | None):
         super().__init__()
-        self.make, self.by_row = make, by_row
+        self.make, self.by_row = make, by_row  # the lanes of a part, told how many parts there are already
         self.onward = onward  # which of a prompt's tokens reach this layer
         self.parts: list[Part] = []
         self.columns = 0
@@ -67,7 +67,7 @@ class Batched(Layer):
             places = call.positions.expand(batch, -1)
         first = 0 if self.contexts is None else self.contexts.start
         for (pad, _), rows in groups.items():
-            part = Part(rows, pad, self.make())
+            part = Part(rows, pad, self.make(len(self.parts)))
             part.origin = first if places is None else int(places[rows[0], max(0, pad - self.columns)])
             if places is not None and self.onward is not None and self.onward.going is not None:
                 part.origin -= int(self.onward.going.places(rows[0], pad)[0])

@@ -9,8 +9,9 @@ merged. It knows plans, not methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -69,17 +70,16 @@ class SegmentCache(Session):
         self.onward = onward(model, plan, prompt_length)
         self.finished = prefix is not None or not self._waits
         self.board, self.fed_again = Board(), 0  # tokens that the network was fed again behind what was dropped
-        board = self.board
+        board, length = self.board, prompt_length or 0
+        finish, filled, done = (_weakly(call) for call in (self.finish, self._filled, self._done))
         layers: list[SegmentLayer] = [
             SegmentLayer(
-                lambda index=index: lanes(  # type: ignore[misc]
-                    model, plan, index, prompt_length or 0, len(layers[index].parts), board
-                ),
+                lambda number, index=index: lanes(model, plan, index, length, number, board),  # type: ignore[misc]
                 strict=protocol == "strict",
                 by_row=per_row(plan),
-                finish=self.finish,
-                filled=lambda layer: self._filled(layer, prompt_length),
-                done=self._done if index == model.geometry.layers - 1 else lambda: None,
+                finish=finish,
+                filled=filled,
+                done=done if index == model.geometry.layers - 1 else lambda: None,
                 sparse=sparse(model, plan, index, prompt_length, board),
                 onward=self.onward,
                 index=index,
@@ -205,10 +205,10 @@ class SegmentCache(Session):
         if self._spec is not None:
             look_again(self._spec, self.network, self.segments, self.told, self.board.account)
 
-    def _filled(self, layer: SegmentLayer, prompt_length: int | None) -> None:
+    def _filled(self, layer: SegmentLayer) -> None:
         """The whole prompt is in one layer, the next ones to come: what its own scores select is selected now, so that
         no two layers ever hold all of a prompt."""
-        if self.finished or layer.columns != prompt_length:
+        if self.finished or layer.columns != self.prompt_length:
             return
         spec = self._spec
         if spec is None:
@@ -299,6 +299,19 @@ class SegmentCache(Session):
             yield from layer.lanes()
             if layer.contexts is not None:
                 yield from layer.contexts.lanes()
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of a cache for its layers to call, which does not keep the cache alive: what nobody holds is freed at
+    once, not when the garbage collector comes by. A layer does not outlive its cache."""
+    found = weakref.WeakMethod(method)
+
+    def call(*given: Any) -> None:
+        live = found()
+        assert live is not None
+        live(*given)
+
+    return call
 
 
 def _records(plan: Plan) -> list[int]:

@@ -32,7 +32,7 @@ class SegmentLayer(Batched):
 
     def __init__(
         self,
-        make: Callable[[], list[Lane]],
+        make: Callable[[int], list[Lane]],
         *,
         strict: bool,
         by_row: bool,

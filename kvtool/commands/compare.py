@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvtool.commands._scoreboard import show
 from kvtool.commands._shelf import find
 from kvtool.commands.calibrate import TEXT
 from kvtool.commands.profile import take
-from kvtool.compare import board, figure
+from kvtool.compare import board, figure, jobs
 from kvtool.compare.cells import Cell, cells, every_method, names, shares
 from kvtool.compare.journal import Journal
 from kvtool.compare.plans import SUFFIX, Entrant, Shelf
@@ -52,6 +53,7 @@ class Request:
     strict: bool = False
     chunk: int = 512
     steps: int = 8
+    jobs: int = 1
     resume: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -91,7 +93,12 @@ def run(request: Request) -> dict[str, Any]:
         race = Race(model, field, journal, rules)
         with progress("compare", race.units(made)) as advance:
             race.progress = advance
-            race.run(made)
+            if request.jobs == 1:
+                race.run(made)
+            else:
+                jobs.run(
+                    race, made, request.jobs, partial(load, request.model, dtype=request.dtype, device=request.device)
+                )
     except KeyboardInterrupt:
         note(f"interrupted: --resume continues from {request.path('jsonl')}")
         raise
@@ -150,6 +157,8 @@ def _rules(request: Request) -> Rules:
             raise unknown("--ask", ask, ASKS)
     if request.chunk < 1 or request.steps < 0:
         raise InputError("bad --chunk or --steps", got=f"{request.chunk}, {request.steps}", expected=">= 1 and >= 0")
+    if request.jobs < 1:
+        raise InputError("bad --jobs", got=request.jobs, expected="a number of processes, at least 1")
     wanted = tuple(ask for ask in ASKS if ask in asks)
     return Rules(wanted, "strict" if request.strict else "official", request.chunk, request.steps)
 

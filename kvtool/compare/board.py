@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvtool.compare.journal import Journal
+from kvtool.compare.journal import Scores as Known
 from kvtool.compare.plans import Entrant
 from kvtool.compare.prompts import Prompt, asks
 from kvtool.compare.run import key
@@ -26,7 +26,7 @@ Found = list[tuple[Prompt, str, Scores]]
 
 
 def record(
-    entrant: Entrant, prompts: Sequence[Prompt], journal: Journal, wanted: Sequence[str], error: str,
+    entrant: Entrant, prompts: Sequence[Prompt], journal: Known, wanted: Sequence[str], error: str,
     quality: Sequence[str], depths: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:  # fmt: skip
     """One entrant's row. `depths`: task → its grid. A failed entrant has its error and no numbers."""

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvtool import files
 from kvtool.errors import InputError
 
 Key = tuple[str, str, str, str]  # prompt, ask, cell, plan
 SCHEMA = 1
+
+
+class Scores(Protocol):
+    """What a race asks, and tells."""
+
+    scores: dict[Key, dict[str, Any]]
+
+    def score(self, key: Key, scores: dict[str, Any]) -> None:
+        """Write down what one prompt gave."""
 
 
 class Journal:

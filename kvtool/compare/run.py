@@ -23,7 +23,7 @@ import torch
 
 from kvtool.cache.keep.memo import Account, Memo, named
 from kvtool.cache.segment_cache import Protocol, SegmentCache
-from kvtool.compare.journal import Journal, Key
+from kvtool.compare.journal import Key, Scores
 from kvtool.compare.plans import Entrant, told
 from kvtool.compare.prompts import Prompt, asks
 from kvtool.model import Model
@@ -65,7 +65,7 @@ class Race:
     """`progress(text)` is called once for every prompt × ask × entrant that was not in the journal."""
 
     def __init__(
-        self, model: Model, entrants: Sequence[Entrant], journal: Journal, rules: Rules,
+        self, model: Model, entrants: Sequence[Entrant], journal: Scores, rules: Rules,
         progress: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
         self.model, self.journal, self.rules, self.progress = model, journal, rules, progress

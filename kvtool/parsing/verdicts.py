@@ -83,6 +83,7 @@ def compare(
     strict: Annotated[bool, typer.Option("--strict", help="Windowed heads see only their window in prefill.")] = False,
     chunk: Annotated[int, typer.Option(help="Tokens at a time where a method evicts within prefill.")] = 512,
     steps: Annotated[int, typer.Option(help="Decode steps timed per row and length.")] = 8,
+    jobs: Annotated[int, typer.Option(help="Processes that take a prompt each and share the threads.")] = 1,
     output: Annotated[str, typer.Option("-o", "--output", help="What the names of the files begin with.")] = (
         "scoreboard"
     ),
@@ -99,7 +100,7 @@ def compare(
 
     request = compare_command.Request(
         model, output, methods, budgets, tasks, lengths, ask, quality, settings, plan, trace, strict, chunk, steps,
-        resume, seed, device, dtype, force,
+        jobs, resume, seed, device, dtype, force,
     )  # fmt: skip
     record = compare_command.run(request)
     written = compare_command.write(request, record, document(record, indent=1))

@@ -55,6 +55,18 @@ def test_a_scoreboard(board: list[object], plan: Path, here: Path) -> None:
         assert word in ran.err
 
 
+def test_jobs_find_what_one_race_finds(board: list[object], plan: Path, here: Path) -> None:
+    """The same record but for the clock, and one journal, from which either goes on."""
+    kv(*board, "--plan", plan).fine()
+    alone = json.loads(Path("board.json").read_text())
+    several = kv(*board, "--plan", plan, "--jobs", 2, "--force").fine()
+    assert timeless(json.loads(Path("board.json").read_text())) == timeless(alone)
+    lines = len(Path("board.jsonl").read_text().splitlines())
+    kv(*board, "--plan", plan, "--resume").fine()
+    assert len(Path("board.jsonl").read_text().splitlines()) == lines
+    assert "snapkv@0.2" in several.err
+
+
 def test_an_interrupt_and_a_resume_are_one_run(
     board: list[object], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

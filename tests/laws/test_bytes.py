@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def test_the_allocator_follows(case: str | None, name: str) -> None:
     assert all(buffer.untyped_storage().nbytes() == buffer.nbytes for buffer in held)  # no view into something larger
 
 
+@pytest.mark.parametrize("case", [None, *TINY])
+def test_what_nobody_holds_is_freed_at_once(case: str | None) -> None:
+    """By the last reference to it, not by the garbage collector, which does not know how much a tensor holds."""
+    model = models.shared("llama")
+    cache = SegmentCache(model, None if case is None else tiny(case, "llama"))
+    feed(model, cache, IDS[:1], [116, 1])
+    gone = [weakref.ref(each) for each in (cache, *cache.segments)]
+    gc.disable()
+    try:
+        del cache
+        assert not any(each() for each in gone)
+    finally:
+        gc.enable()
+
+
 def test_a_cache_that_hoards_is_found_out(llama: Model) -> None:
     class Hoarder(Bulk):
         def step(self, q, k, v, step):
@@ -59,7 +75,7 @@ def test_a_cache_that_hoards_is_found_out(llama: Model) -> None:
     cache = SegmentCache(llama)
     geometry = llama.geometry
     for layer in cache.segments:
-        layer.make = lambda: [Hoarder(list(range(geometry.kv_heads)))]
+        layer.make = lambda number: [Hoarder(list(range(geometry.kv_heads)))]
     hoard = geometry.layers * IDS.numel() * geometry.kv_heads * geometry.head_dim * 4
     assert grown(llama, cache) == cache.nbytes + hoard
 
