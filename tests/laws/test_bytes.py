@@ -56,7 +56,7 @@ def test_what_nobody_holds_is_freed_at_once(case: str | None) -> None:
     """By the last reference to it, not by the garbage collector, which does not know how much a tensor holds."""
     model = models.shared("llama")
     cache = SegmentCache(model, None if case is None else tiny(case, "llama"))
-    feed(model, cache, IDS[:1], [116, 1])
+    feed(model, cache, IDS[:1], CHUNKS)
     gone = [weakref.ref(each) for each in (cache, *cache.segments)]
     gc.disable()
     try:
