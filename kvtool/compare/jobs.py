@@ -64,8 +64,9 @@ def run(race: Race, prompts: Sequence[Prompt], jobs: int, loaded: Callable[[], M
             _heard(race, kind, content)
     finally:
         for worker in workers:
-            worker.terminate() if worker.pid else None
-            worker.join() if worker.pid else None
+            if worker.pid:
+                worker.terminate()
+                worker.join()
 
 
 def _heard(race: Race, kind: str, content: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvtool.cache.keep.scores import closed_spans
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.calibrate import calibrate
 from kvtool.errors import InputError
@@ -208,3 +209,13 @@ def test_several_kinds_of_spans_and_long_markers() -> None:
 def test_a_model_without_words_is_refused() -> None:
     with pytest.raises(InputError, match="by their tokens"):
         calibrate("span-rule", {}, model=models.shared("llama"))
+
+
+def test_a_step_that_ends_no_marker_scores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked = models.shared("llama"), []
+    monkeypatch.setattr(closed_spans, "score", lambda view, score=closed_spans.score: looked.append(1) or score(view))
+    cache = SegmentCache(model, made(model))
+    feed(model, cache, tokens(TEXT), [PROMPT, *[1] * (len(TEXT) - PROMPT)])
+    markers = sum(letter in "<>" for letter in TEXT[PROMPT:])
+    assert len(looked) <= model.geometry.layers * (1 + 2 * markers) < model.geometry.layers * (len(TEXT) - PROMPT)
+    assert held(cache)[0] == "".join(TEXT[at] for at in stays(TEXT, 1, False))

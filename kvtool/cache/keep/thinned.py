@@ -86,11 +86,23 @@ class Thinned(Bulk):
         self.selector.passed(None)
         return True
 
+    def _quiet(self, q: torch.Tensor) -> bool:
+        """Does this decode step change no score, so that nothing leaves that had not left before?"""
+        tells = hasattr(self.selector.rule, "quiet") and self.finished and q.shape[2] == 1 and self.reader is None
+        if not tells or self.tokens is None or not self.selector.turn or self.selector.queries:
+            return False
+        held = self.recent.length
+        within = self.selector.picking.RAGGED or self.selector.due(held, self.fed) == held
+        return within and self.selector.rule.quiet(self.selector.spec, self.tokens)
+
     def _observe(self, q: torch.Tensor, step: Step) -> None:
         """The selector remembers the queries of the newest entries, and evicts if it does so now."""
         if not q.shape[2] or not (self.selecting or self.stepping):
             return
         if self.simple and self.finished and q.shape[2] == 1 and self._gap():
+            return
+        if self._quiet(q):
+            self.selector.passed(self.selector.running)
             return
         self.look(q, step)
         if self.finished or self.selector.spec.when == "chunk":

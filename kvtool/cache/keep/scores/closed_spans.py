@@ -11,10 +11,19 @@ from __future__ import annotations
 import torch
 
 from kvtool.cache.keep.scores._base import View
-from kvtool.cache.keep.spans import inside, numbered
+from kvtool.cache.keep.spans import ends, inside, numbered
+from kvtool.slots import Select
 
 SEES = "entries"
 NEEDS = ("tokens",)
+
+
+def quiet(spec: Select, tokens: torch.Tensor) -> bool:
+    """Nothing is over that was not before the newest of the tokens [B,K,S] held: no marker ends there, or just before,
+    where what follows a marker ends its span."""
+    markers = [*spec.settings["opening"], *spec.settings["closing"]]
+    near = tokens[:, :, -1 - max(map(len, markers)) :]
+    return not bool(ends(near, markers)[..., -2:].any())
 
 
 def score(view: View) -> torch.Tensor:
