@@ -13,7 +13,7 @@ from kvtool_kernels.attend_evict import reference
 from kvtool_kernels.attend_evict.reference import Evicted
 from kvtool_kernels.mixing import Mix
 
-LEAST = 256  # entries from which on it is worth the import
+LEAST = 128  # entries from which on it is worth the import
 
 
 def attend_evict(
