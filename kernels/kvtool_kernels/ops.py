@@ -101,6 +101,8 @@ def attend_evict(
     alike: bool = False,
     nearest: bool = False,
     mix: Mix | None = None,
+    past: torch.Tensor | None = None,
+    peak: bool = False,
 ) -> Evicted:
     """Attention of one token, after which the entry that it scores worst goes to the end of k and v, in
     place; see `attend_evict/reference.py`."""
@@ -108,11 +110,13 @@ def attend_evict(
         return _attend_evict_cpu.attend_evict(
             q, k, v, before, scale=scale, free=free, softcap=softcap, heat=heat, noise=noise, group=group,
             kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
+            past=past, peak=peak,
         )  # fmt: skip
     out, lse, seen = attend_scored(q, k, v, scale=scale, softcap=softcap)
     return _attend_evict_reference.evicted(
         (out, lse), seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise,
-        group=group, kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
+        group=group, kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix, past=past,
+        peak=peak,
     )  # fmt: skip
 
 

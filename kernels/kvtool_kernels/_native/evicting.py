@@ -43,13 +43,14 @@ SUM, MEAN, MAX = 0, 1, 2
 # The job. Strides count numbers, PITCH those of a row of logits or scores, PAD the zeros before and behind a row that
 # is pooled; HEAT is 1 / τ. At NOISES stands the address of the noise of each KV head. If scores are MIXED: ATTENTION,
 # GRADIENT and ENTROPY (over all query heads and ln S) are their weights, MADE_BEFORE the outputs of a step before.
+# If query heads are scored APART: at PAST stand MANY queries of tokens before, for each; PEAK: pools take the maximum.
 (
     NEXT, THREAD, UNITS, SCRATCH, SCRATCH_SIZE, HEADS, GROUP, CHUNKS, ENTRIES, WIDTH, PITCH, PAD, QUERY,
     K_DATA, K_BATCH, K_HEAD, K_STEP, V_DATA, V_BATCH, V_HEAD, V_STEP, OUT, LSE, PARTS, LOGITS, SCORES,
     BEFORE, KNOWN, B_BATCH, B_HEAD, AFTER, GONE, NEAR, LOW, HIGH, NOISES, NOISE_STEP,
     HEAT, HOT, HOW, KERNEL, DECAY, LARGEST, ALIKE, DONE_HEADS, DONE_ROWS,
-    MIXED, MADE_BEFORE, CHANGES, ENTROPIES, ATTENTION, GRADIENT, ENTROPY, FIELDS,
-) = range(54)  # fmt: skip
+    MIXED, MADE_BEFORE, CHANGES, ENTROPIES, ATTENTION, GRADIENT, ENTROPY, APART, PEAK, PAST, MANY, FIELDS,
+) = range(58)  # fmt: skip
 
 
 @inner_loop
@@ -112,16 +113,20 @@ def add_row(row, noise, hot, heat, lse, how, entries, target):
             write(row, i, x)
             top = max(top, x)
         lse = top
-    gain, one, minus = float32(1.0), splat(LANES, float32(1.0)), splat(LANES, -lse)
-    if hot:
-        sums = splat(LANES, float32(0.0))
+    one, minus, none = splat(LANES, float32(1.0)), splat(LANES, -lse), splat(LANES, float32(-0.0))
+    if not hot:
         for i in range(0, entries, LANES):
-            sums = fma(exp(fma(load(FP32, LANES, row, i), one, minus)), one, sums)
-        gain = float32(1.0) / total(sums)
-    gains, none = splat(LANES, gain), splat(LANES, float32(-0.0))
+            p, old = exp(fma(load(FP32, LANES, row, i), one, minus)), load(FP32, LANES, target, i)
+            store(target, i, larger(p, old) if how == MAX else fma(p, one, old))
+        return
+    sums = splat(LANES, float32(0.0))
     for i in range(0, entries, LANES):
-        p = fma(exp(fma(load(FP32, LANES, row, i), one, minus)), gains, none)
-        old = load(FP32, LANES, target, i)
+        p = exp(fma(load(FP32, LANES, row, i), one, minus))
+        store(row, i, p)
+        sums = fma(p, one, sums)
+    gains = splat(LANES, float32(1.0) / total(sums))
+    for i in range(0, entries, LANES):
+        p, old = fma(load(FP32, LANES, row, i), gains, none), load(FP32, LANES, target, i)
         store(target, i, larger(p, old) if how == MAX else fma(p, one, old))
 
 
@@ -162,6 +167,72 @@ def score_head(job, head, row):
         store(target, i, fma(load(FP32, LANES, target, i), gain, none))
     if kernel > 1:
         pool(target - kernel // 2 * 4, kernel, entries, scores)
+    remember(job, head, scores)
+
+
+@inner_loop
+def add_past(job, head, r, line, spare):
+    """What the past queries of query head `r` pay joins `line`, which becomes the mean over those that see an entry."""
+    many, entries, pitch = field(job, MANY), field(job, ENTRIES), field(job, PITCH)
+    width, heads = field(job, WIDTH), field(job, HEADS)
+    queries = field(job, PAST) + (head * field(job, GROUP) + r) * many * width * 4
+    k = field(job, K_DATA) + (head // heads * field(job, K_BATCH) + head % heads * field(job, K_HEAD)) * 4
+    for low in range(0, many, AT_ONCE):
+        rows = min(AT_ONCE, many - low)
+        clear(spare, rows * pitch)
+        asked = queries + low * width * 4
+        inner(rows, asked, width, width, k, field(job, K_STEP), entries - many + low + rows - 1, spare, pitch)
+        for n in range(rows):
+            count = entries - many + low + n
+            add_row(spare + n * pitch * 4, 0, True, read(job, 2 * HEAT), float32(0.0), SUM, count, line)
+    mean, none = splat(LANES, float32(1.0) / float32(many + 1)), splat(LANES, float32(-0.0))
+    for i in range(0, entries, LANES):
+        store(line, i, fma(load(FP32, LANES, line, i), mean, none))
+    for seen in range(1, many + 1):
+        write(line, entries - seen, read(line, entries - seen) * float32(many + 1) / float32(seen))
+
+
+@inner_loop
+def pool_peak(padded, kernel, entries, target):
+    """As `pool`, but the largest: nothing paid is below 0."""
+    for i in range(0, entries, LANES):
+        top = splat(LANES, float32(0.0))
+        for place in range(kernel):
+            top = larger(top, load(FP32, LANES, padded, i + place))
+        store(target, i, top)
+
+
+@inner_loop
+def score_apart(job, head, row):
+    """As `score_head`, query head by query head: the past scores too, or what is pooled is not to be summed before."""
+    group, heads, entries, pitch = field(job, GROUP), field(job, HEADS), field(job, ENTRIES), field(job, PITCH)
+    kernel, how, pad, whole = field(job, KERNEL), field(job, HOW), field(job, PAD), entries + -entries % LANES
+    scores, line, spare = field(job, SCORES) + head * pitch * 4, row + pad * 4, row + (pitch + 2 * pad) * 4
+    one, gain, none, noise = splat(LANES, float32(1.0)), splat(LANES, float32(1.0)), splat(LANES, float32(-0.0)), 0
+    if how == MEAN:
+        gain = splat(LANES, float32(1.0) / float32(group))
+    clear(scores, whole)
+    for r in range(group):
+        at = head * group + r
+        if field(job, NOISES):
+            noise = field(field(job, NOISES), head % heads) + r * field(job, NOISE_STEP) * 4
+        clear(row, whole + 2 * pad)
+        logits, lse = field(job, LOGITS) + at * pitch * 4, read(field(job, LSE), at)
+        add_row(logits, noise, field(job, HOT), read(job, 2 * HEAT), lse, SUM, entries, line)
+        if field(job, MANY):
+            add_past(job, head, r, line, spare)
+        source = line
+        if kernel > 1:
+            near, source = line - kernel // 2 * 4, spare
+            if field(job, PEAK):
+                pool_peak(near, kernel, entries, spare)
+            else:
+                pool(near, kernel, entries, spare)
+        for i in range(0, entries, LANES):
+            x, old = load(FP32, LANES, source, i), load(FP32, LANES, scores, i)
+            store(scores, i, larger(x, old) if how == MAX else fma(x, one, old))
+    for i in range(0, entries, LANES):
+        store(scores, i, fma(load(FP32, LANES, scores, i), gain, none))
     remember(job, head, scores)
 
 
@@ -289,6 +360,8 @@ def finish_head(job, head, row):
     merge_splits(chunks, group, parts, size, width, out, lse)
     if field(job, MIXED):
         mix_head(job, head, row)
+    elif field(job, APART):
+        score_apart(job, head, row)
     else:
         score_head(job, head, row)
     if not field(job, ALIKE):

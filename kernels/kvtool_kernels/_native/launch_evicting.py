@@ -35,9 +35,11 @@ def attend_evict(
     alike: bool,
     nearest: bool,
     mix: Mix | None,
+    past: torch.Tensor | None,
+    peak: bool,
 ) -> Evicted:
     """As `attend_evict/reference.py`, for fp32 whose channels are whole vectors and neighbours in memory; up to LANES
-    heads a group, and no maximum that is pooled; with a mixture of scores, heads are alike."""
+    heads a group, and no noise with a past; with a mixture of scores, heads are alike."""
     batch, heads, _, width = q.shape
     kv_heads, entries = k.shape[1], k.shape[2]
     own, rows = heads // kv_heads, batch * kv_heads
@@ -45,6 +47,9 @@ def attend_evict(
     pitch, pad = padded(entries), padded(kernel // 2)
     stay = entries - (free[0] < free[1])
     scratch = max(AT_ONCE * evicting.TILE, pitch + 2 * pad, width)
+    apart = past is not None or (kernel > 1 and (peak or group == "max"))
+    if apart:
+        scratch = max(scratch, (1 + AT_ONCE) * pitch + 2 * pad)
     if mix is not None:
         scratch = max(scratch, own * (width + LANES) + AT_ONCE * mixing.TILE)
     sizes = [
@@ -63,6 +68,7 @@ def attend_evict(
             1, 0 if kept is None else kept.data_ptr(), changes.data_ptr(), entropies.data_ptr(),
             _bits(mix.attention), _bits(mix.gradient), _bits(mix.entropy / many),
         )  # fmt: skip
+    asked = None if past is None else (past * scale).contiguous()
     known = (0, 0, 0, 0) if before is None else (before.data_ptr(), before.shape[2], before.stride(0), before.stride(1))
     job[: evicting.FIELDS] = [
         0, 0, rows * chunks, room.data_ptr(), 4 * scratch, kv_heads, own, chunks, entries, width, pitch, pad,
@@ -71,6 +77,7 @@ def attend_evict(
         *known, after.data_ptr(), gone.data_ptr(), near.data_ptr() if nearest else 0, *free, noises if noise else 0,
         noise[0].stride(0) if noise else 0, _bits(1 / heat), bool(noise) or heat != 1, HOW[group], kernel,
         _bits(decay), largest, alike, done, done + 8 * rows, *mixture,
+        apart, peak, *((0, 0) if asked is None else (asked.data_ptr(), asked.shape[2])),
     ]  # fmt: skip
     if noise:
         job[evicting.FIELDS : evicting.FIELDS + kv_heads] = [x.data_ptr() for x in noise]

@@ -34,22 +34,25 @@ def attend_evict(
     alike: bool = False,
     nearest: bool = False,
     mix: Mix | None = None,
+    past: torch.Tensor | None = None,
+    peak: bool = False,
 ) -> Evicted:
     """As `reference.attend_evict`; what comes after attention is done as there for few entries, soft caps, other dtypes
     and narrow heads."""
-    tensors = (q, k, v, *(() if before is None else (before,)), *noise)
+    tensors = (q, k, v, *(x for x in (before, past) if x is not None), *noise)
     dense = all(x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors)
     whole = k.shape[3] == v.shape[3] and k.shape[3] % LANES == 0 and q.shape[1] // k.shape[1] <= FEW
-    smooth = (kernel == 1 or group != "max") and len({x.stride(0) for x in noise}) <= 1
+    smooth = len({x.stride(0) for x in noise}) <= 1 and not (noise and past is not None)
     if not (dense and whole and smooth and softcap is None and k.shape[2] >= LEAST and served(q, k, v)):
         out, lse, seen = scored(q, k, v, scale=scale, softcap=softcap)
         return reference.evicted(
             (out, lse), seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise,
             group=group, kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
+            past=past, peak=peak,
         )  # fmt: skip
     from kvtool_kernels._native import launch_evicting  # only where it pays: Numba is slow to import
 
     return launch_evicting.attend_evict(
         q, k, v, before, scale=scale, free=free, heat=heat, noise=noise, group=group, kernel=kernel, decay=decay,
-        largest=largest, alike=alike, nearest=nearest, mix=mix,
+        largest=largest, alike=alike, nearest=nearest, mix=mix, past=past, peak=peak,
     )  # fmt: skip

@@ -2,17 +2,19 @@
 
     out, lse   as `attend`
     p_hj = softmax_j((logits_hj + ζ_hj) / τ)                    logits as in `attend`, soft-capped; ζ = 0 without noise
-    s_kj = pool_j(reduce_{h of k} p_hj)                         sum, mean or max; the mean of `kernel` places, 0 outside
-                                                                or the same for all k: `mixing.py`, if there is a `mix`
+    s_kj = reduce_{h of k} pool_j(p_hj)                         sum, mean or max; the mean of `kernel` places, 0 outside
+                                                                (or their `peak`); or the same for all k, by a `mix`
+                                                                (`kvtool_kernels/mixing.py`)
     s_kj ← s_kj + decay · before_kj, or max(s_kj, decay · before_kj), for the entries that `before` knows
     s_kj ← mean_k s_kj                                          if heads go `alike`
     g_k  = argmin_{low ≤ j < high} s_kj                         of equal ones the first
     m_k, u_k = max, argmax_{j < S−1} cos(k_j, k_{S−1})          once g_k has left, if what is `nearest` is asked for
 
 Entry g_k leaves: in k and v it goes to the last place, S − 1, and those behind it move up by one, in place. With
-low = high nothing leaves. Scores are fp32 at least; a pooled maximum is that of the pooled heads. A mixture goes with
-heads that are alike, and with neither noise, heat nor pooling. A twin may take p below e^−87 for 0: of entries that are
-paid no more, another may leave.
+low = high nothing leaves. Scores are fp32 at least. With a `past`, queries of the N tokens just before, p_hj is the
+mean over those of the N + 1 queries that see j, which each of them does up to its own entry. A mixture goes with heads
+that are alike, and with neither noise, heat, pooling nor a past. A twin may take p below e^−87 for 0: of entries that
+are paid no more, another may leave.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 
 import torch
 
-from kvtool_kernels.attend.reference import attend, logits
+from kvtool_kernels.attend.reference import attend
+from kvtool_kernels.attend.reference import logits as logits_of
 from kvtool_kernels.merge.reference import Partial
 from kvtool_kernels.mixing import Mix, mixed
 from kvtool_kernels.precision import wide
@@ -50,28 +53,32 @@ def attend_evict(
     alike: bool = False,
     nearest: bool = False,
     mix: Mix | None = None,
+    past: torch.Tensor | None = None,
+    peak: bool = False,
 ) -> Evicted:
     """q [B,H,1,D], k and v [B,K,S,D], the newest entry last; before [B,K,N], N ≤ S; free (low, high) as above; noise
-    [G,S] of each KV head, the same for all rows → (out [B,H,1,D], lse [B,H,1]), the scores [B,K,S−1] of those that stay
-    (all S, if none leaves), g int64 [B,K,1] (or None), and (m, u int64), each [B,K,1] (or None)."""
+    [G,S] of each KV head, the same for all rows; past [B,H,N,D], without noise → (out [B,H,1,D], lse [B,H,1]), the
+    scores [B,K,S−1] of those that stay (all S, if none leaves), g int64 [B,K,1] (or None), and (m, u int64), each
+    [B,K,1] (or None)."""
     made = attend(q, k, v, scale=scale, softcap=softcap)
-    seen = logits(q, k, scale=scale, softcap=softcap)
+    seen = logits_of(q, k, scale=scale, softcap=softcap)
     return evicted(
         made, seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise, group=group,
-        kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
+        kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix, past=past, peak=peak,
     )  # fmt: skip
 
 
 def evicted(
     made: Partial, seen: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor | None,
-    *, scale: float, softcap: float | None, free: tuple[int, int], nearest: bool, mix: Mix | None, **scoring: Any,
+    *, scale: float, softcap: float | None, free: tuple[int, int], nearest: bool, mix: Mix | None,
+    past: torch.Tensor | None, **scoring: Any,
 ) -> Evicted:  # fmt: skip
     """What comes after attention, which has given `made` and the logits `seen` [B,H,1,S]."""
     blend = None
     if mix is not None:
-        p, logits = torch.softmax(seen, -1)[:, :, 0], seen[:, :, 0]
-        blend = mixed(mix, p, logits, q, v, made[0], scale=scale, softcap=softcap)
-    scores = scored(seen, before, k.shape[1], blend=blend, **scoring)
+        blend = mixed(mix, torch.softmax(seen, -1)[:, :, 0], seen[:, :, 0], q, v, made[0], scale=scale, softcap=softcap)
+    earlier = None if past is None else _causal(logits_of(past, k, scale=scale, softcap=softcap))
+    scores = scored(seen, before, k.shape[1], blend=blend, earlier=earlier, **scoring)
     if free[0] == free[1]:
         return made, scores, None, None
     gone = free[0] + scores[:, :, free[0] : free[1]].argmin(-1, keepdim=True)
@@ -104,11 +111,14 @@ def scored(
     decay: float,
     largest: bool,
     alike: bool,
+    peak: bool = False,
     blend: torch.Tensor | None = None,
+    earlier: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits [B,H,1,S], or what is made of them, `blend` [B,1,S] → the scores [B,K,S] of all entries."""
+    """Logits [B,H,1,S], and of the past [B,H,N,S], or what is made of them, `blend` [B,1,S] → the scores [B,K,S] of all
+    entries."""
     if blend is None:
-        scores = _paid(seen, kv_heads, heat, noise, group, kernel)
+        scores = _paid(seen, earlier, kv_heads, heat, noise, group, kernel, peak)
     else:
         scores = blend.repeat(1, kv_heads, 1)
     if before is not None:
@@ -118,12 +128,25 @@ def scored(
 
 
 def _paid(
-    seen: torch.Tensor, kv_heads: int, heat: float, noise: Sequence[torch.Tensor], group: str, kernel: int
-) -> torch.Tensor:
-    """What the query pays, [B,K,S]."""
+    seen: torch.Tensor, earlier: torch.Tensor | None, kv_heads: int, heat: float, noise: Sequence[torch.Tensor],
+    group: str, kernel: int, peak: bool,
+) -> torch.Tensor:  # fmt: skip
+    """What the queries pay, [B,K,S]."""
     if noise:
         seen = seen + torch.cat([*noise]).to(seen)[:, None]
-    each = torch.softmax(seen / heat, -1)[:, :, 0].unflatten(1, (kv_heads, -1))
+    paid = torch.softmax(seen / heat, -1)[:, :, 0]
+    if earlier is not None:
+        entries = torch.arange(paid.shape[-1], 0, -1, device=paid.device)  # from each to the newest
+        paid = (paid + torch.softmax(earlier / heat, -1).sum(2)) / entries.clamp_max(1 + earlier.shape[2])
+    each = paid.unflatten(1, (kv_heads, -1))
     if kernel > 1:
-        each = torch.nn.functional.avg_pool1d(each.flatten(1, 2), kernel, 1, kernel // 2).view_as(each)
+        pool = torch.nn.functional.max_pool1d if peak else torch.nn.functional.avg_pool1d
+        each = pool(each.flatten(1, 2), kernel, 1, kernel // 2).view_as(each)
     return each.amax(2) if group == "max" else each.mean(2) if group == "mean" else each.sum(2)
+
+
+def _causal(logits: torch.Tensor) -> torch.Tensor:
+    """[B,H,N,S] of queries whose entries stand just before the newest; −inf where they see nothing."""
+    count, entries = logits.shape[2:]
+    hidden = torch.ones(count, entries, dtype=torch.bool, device=logits.device).triu(entries - count)
+    return logits.masked_fill(hidden, float("-inf"))

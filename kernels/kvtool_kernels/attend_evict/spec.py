@@ -14,7 +14,7 @@ from kvtool_kernels.mixing import Mix
 class Case:
     """q [B,H,1,D], k and v [B,K,S,D] in buffers with `room` more; `known` entries have a score from before, −1: none
     has. The others are options of the operation; `noisy` adds noise, `mixed` a mixture of scores, which knows what the
-    step before made if it `moved`."""
+    step before made if it `moved`; `past` earlier queries score too."""
 
     batch: int = 1
     heads: int = 6
@@ -36,6 +36,8 @@ class Case:
     nearest: bool = False
     mixed: bool = False
     moved: bool = True
+    past: int = 0
+    peak: bool = False
     size: float = 1.0  # standard deviation of the logits
 
     def __str__(self) -> str:
@@ -65,6 +67,12 @@ CASES = (
     *(Case(entries=entries, nearest=True) for entries in (2, 40, 257)),
     Case(known=499, recent=250, batch=2, nearest=True, room=5),
     Case(heads=10, kv_heads=5, width=128, alike=True, nearest=True),
+    *(Case(entries=entries, past=7, recent=8, kernel=7, peak=True) for entries in (8, 60, 500, 333)),
+    Case(batch=2, past=3, recent=4, group="max", known=499, decay=0.5, heads=15, kv_heads=3),
+    Case(kernel=5, group="max", heads=10, kv_heads=1, width=128),
+    Case(kernel=3, peak=True, group="sum", heat=1.5, noisy=True),
+    Case(past=1, recent=2, heat=0.7, alike=True, kernel=3, low=5),
+    Case(past=9, recent=10, softcap=2.0, size=3.0, nearest=True),
     *(Case(entries=entries, alike=True, mixed=True) for entries in (1, 2, 40, 257)),
     Case(known=499, decay=0.9, alike=True, mixed=True, batch=2, room=7),
     Case(kv_heads=3, heads=9, known=400, largest=True, alike=True, mixed=True, moved=False),
@@ -87,10 +95,13 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
     group = case.heads // case.kv_heads
     noise = [torch.randn(group, case.entries + 5, generator=draw).to(device)[:, 2:-3] for _ in range(case.kv_heads)]
     made = torch.randn(q.shape, generator=draw).to(device, dtype) if case.mixed and case.moved else None
+    queries = torch.randn(case.batch, case.heads, case.past, case.width, generator=draw) * case.size
+    past = queries.to(device, dtype) if case.past else None
     return {
         "q": q.to(device, dtype), "k": k[:, :, : case.entries], "v": v[:, :, : case.entries], "before": before,
         "scale": case.width**-0.5, "free": (case.low, max(case.low, case.entries - case.recent)),
         "softcap": case.softcap, "heat": case.heat, "noise": noise if case.noisy else (), "group": case.group,
         "kernel": case.kernel, "decay": case.decay, "largest": case.largest, "alike": case.alike,
         "nearest": case.nearest, "mix": Mix(0.5, 0.2, 0.3, made) if case.mixed else None,
+        "past": past, "peak": case.peak,
     }  # fmt: skip

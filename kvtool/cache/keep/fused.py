@@ -2,11 +2,12 @@
 
     out, scores, what leaves, its owner = attend_evict(q, k, v, the scores before)      (see the operation's definition)
 
-That is what the stages of `selector.py` come to where one query scores by its softmax, at most one entry leaves, and
+That is what the stages of `selector.py` come to where queries score by their softmax, at most one entry leaves, and
 what leaves is gone or joins one other: nothing is attended to twice, no copy of what stays is made, and the stages'
 tensors are not there. Every other step goes through the stages. A scoring rule takes part that has `shift(view)`: what
 it adds to the logits of a step's query before the softmax, fp32 [G,S] of each KV head, or nothing; or, where heads go
-alike, `blend(view)`: what else the score is a mixture of, and the step's output is its `memory` then. A picking rule,
+alike, `blend(view)`: what else the score is a mixture of, and the step's output is its `memory` then; with `PAST`
+earlier queries score too, as far as their entries are sure to stay. A picking rule,
 that has `among(spec, held, count, free)`: where the lowest score is looked for, if count = held − 1 entries are to
 stay. A merging rule that drops at decode steps (`ONCE`), or has `join(k, v, near, spec, memory)`: the last of k, v
 [B,K,S,D], which leaves, joins the kept key that is most like its own, `near`, or is gone, in place.
@@ -28,24 +29,25 @@ NONE = torch.zeros(0, dtype=torch.long)
 
 def plain(selector: Selector) -> bool:
     """Do decode steps of this selection do nothing but drop entries, by what they score now and did before?"""
-    return _alone(selector) and getattr(selector.merging, "ONCE", False)
+    return not selector.spec.history and _alone(selector) and getattr(selector.merging, "ONCE", False)
 
 
 def _alone(selector: Selector) -> bool:
-    """Does a decode step look at nothing but its own query, and at what it held before?"""
+    """Does a decode step look at nothing but queries, and at what it held before?"""
     spec = selector.spec
-    return spec.when == "step" and not (spec.count or spec.history or selector.needs)
+    late = not spec.history or (spec.recent >= spec.history and spec.reduce == "mean" and not spec.variance)
+    return spec.when == "step" and late and not (spec.count or selector.needs)
 
 
 def scores_at_once(selector: Selector) -> bool:
     """Is a decode step of this selection one operation, as long as one entry leaves at most?"""
     spec = selector.spec
     joins = hasattr(selector.merging, "join") and spec.weigh != "gaussian"
-    if not (plain(selector) or (joins and _alone(selector))):
+    if not (_alone(selector) and (joins or getattr(selector.merging, "ONCE", False))):
         return False
     pooled = spec.pool != "none" and spec.kernel > 1
-    smooth = not pooled or (spec.pool == "mean" and (spec.group != "max" or not spec.group_first))
-    known = hasattr(selector.rule, "shift") and smooth
+    smooth = not pooled or not spec.group_first or (spec.pool == "mean" and spec.group != "max")
+    known = hasattr(selector.rule, "shift") and smooth and (not spec.history or getattr(selector.rule, "PAST", False))
     if hasattr(selector.rule, "blend"):
         known = spec.alike and not (pooled or spec.warming) and spec.temperature == 1
     return known and hasattr(selector.picking, "among") and spec.weights is None and not selector.blind
@@ -67,12 +69,13 @@ def turn(selector: Selector, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         noise=() if blend else selector.rule.shift(view), group=spec.group,
         kernel=1 if spec.pool == "none" else spec.kernel, decay=spec.decay, largest=spec.reduce == "max",
         alike=spec.alike, nearest=join is not None, mix=blend(view) if blend else None,
+        past=selector.past(), peak=spec.pool == "max",
     )  # fmt: skip
     if blend is not None:
         selector.memory["output"] = made[0]
     if join is not None and near is not None:
         join(k, v, near, spec, selector.memory)
-    selector.passed(scores if selector.remembers else None)
+    selector.passed(scores if selector.remembers else None, q)
     return made
 
 

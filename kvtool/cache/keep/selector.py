@@ -237,10 +237,20 @@ class Selector:
             if scores is not None:
                 self.running = scores.contiguous() if self.remembers and not self._idle else None
 
-    def passed(self, scores: torch.Tensor | None) -> None:
-        """A decode step is over that remembered no query; the next one needs these scores [B,K,N] of the kept."""
+    def passed(self, scores: torch.Tensor | None, q: torch.Tensor | None = None) -> None:
+        """A decode step is over, without the stages; the next one needs these scores [B,K,N] of the kept, and the query
+        q [B,H,1,D], if it looks at earlier ones too."""
         self.turn += 1
         self.running = scores
+        if self.spec.history and q is not None:
+            end = self.first[-1] + self.queries[-1].shape[2] + 1
+            last = torch.cat([*self.queries, q], dim=2)[:, :, -self.spec.history :].clone()
+            self.queries, self.first = [last], [end - last.shape[2]]
+
+    def past(self) -> torch.Tensor | None:
+        """The queries [B,H,N,D] that score with the next one, of the tokens just before it."""
+        count = self.spec.history - 1
+        return self.queries[0][:, :, -count:] if count > 0 and self.queries else None
 
     def finish(self) -> None:
         """The prompt is in."""

@@ -57,7 +57,7 @@ class Thinned(Bulk):
             return super()._one(q, k, v, step)
         self._receive(k, v, step, q)
         if count == self.recent.length and not self.selector.remembers:
-            self.selector.passed(None)
+            self.selector.passed(None, q)
             return self.recent.attend(q, step)
         out = fused.turn(self.selector, q, *self.recent.recall(), count, step)
         self.recent.cut(self.recent.length - count)
@@ -70,7 +70,7 @@ class Thinned(Bulk):
         held = self.recent.length + 1
         count = self.selector.due(held, step.end(1))
         learns = any(x.requires_grad for x in (q, k, v, *self.buffers()))
-        waiting = self.selector.queries or not self.selector.turn or learns
+        waiting = not self.selector.turn or learns or len(self.selector.queries) > bool(self.selector.spec.history)
         return count if held - count <= 1 and not waiting and super().plain(step) else None
 
     def _gap(self) -> bool:
@@ -125,7 +125,8 @@ class Thinned(Bulk):
 
     def plain(self, step: Step) -> bool:
         rest = self.rest is not None and self.rest.length
-        return not rest and not (self.stepping and self.selector.asks) and super().plain(step)
+        own = self.scoring or (self.stepping and self.selector.asks)
+        return not rest and not own and super().plain(step)
 
     def _attend(self, q: torch.Tensor, step: Step, *, causal: bool) -> Partial:
         if not (self.finished and self.stepping and q.shape[2] == 1 and self.selector.asks):

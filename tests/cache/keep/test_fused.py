@@ -24,6 +24,9 @@ CASES: dict[str, dict[str, Any]] = {
     "window": dict(observed=8, recent=8, when="step", decay=0.0, pool="mean", kernel=15),
     "pooled-first": dict(observed=1, when="step", decay=0.5, pool="mean", kernel=3, group="max"),
     "alike": dict(observed=1, when="step", decay=0.0, recent=1, alike=True, sink=3),
+    "past": dict(observed=8, history=8, recent=8, when="step", decay=0.0, pool="max", kernel=7),
+    "past-few": dict(observed=5, history=3, recent=4, when="step", decay=0.6, pool="mean", kernel=3, group="max"),
+    "past-slack": dict(observed=8, history=8, recent=9, when="step", decay=0.0, slack=4),
     "mixed": dict(SELECTIONS["step-hybrid"], decay=0.0, sink=3, recent=9),
     "split": SPLIT,
     "moving": dict(SPLIT, merge="moving", weigh="cosine"),
@@ -80,7 +83,9 @@ def test_the_same_stays(name: str, entries: int, dtype: torch.dtype) -> None:
         if mine.selector.running is not None:
             close(mine.selector.running, theirs.selector.running)
         assert (mine.selector.turn, mine.selector.limit) == (theirs.selector.turn, theirs.selector.limit)
-        assert not mine.selector.queries
+        assert mine.selector.first == theirs.selector.first
+        for actual, expected in zip(mine.selector.queries, theirs.selector.queries, strict=True):
+            same(actual, expected)
         assert mine.selector.memory.keys() == theirs.selector.memory.keys()
         for actual, expected in zip(mine.selector.memory.values(), theirs.selector.memory.values(), strict=True):
             close(actual, expected, dtype)
@@ -119,11 +124,13 @@ def test_it_is_the_one_operation_that_runs(monkeypatch: pytest.MonkeyPatch) -> N
     "options",
     [
         dict(SELECTIONS["step-merge"]),
-        dict(SELECTIONS["step-history"]),
+        dict(SELECTIONS["step-history"], recent=0.5),
+        dict(SELECTIONS["step-history"], reduce="max"),
+        dict(SELECTIONS["step-counts"]),
         dict(SELECTIONS["step-norms"]),
         dict(SELECTIONS["step-hybrid"], alike=False),
         dict(SELECTIONS["step-newest"], weights=torch.ones(1, H)),
-        dict(SELECTIONS["step-newest"], pool="max", kernel=3),
+        dict(SELECTIONS["step-newest"], pool="max", kernel=3, group_first=True),
         dict(SELECTIONS["last"]),
     ],
 )

@@ -9,7 +9,7 @@ A rule is a file with `SEES` and `score(view) -> Tensor`, higher for entries wor
 and `NEEDS`, if it looks at the entries' "positions" or "tokens", which are remembered only then; `RECALLS`, if a decode
 step leaves something for the next one in `view.memory`, and is scored whether anything is to leave or not;
 `quiet(spec, tokens)`, if the tokens held, int64 [B,K,S], tell that a decode step changes no score; and `shift` or
-`blend`, where a decode step can be one operation (see `fused.py`).
+`blend`, and `PAST`, where a decode step can be one operation (see `fused.py`).
 
     p_ij = softmax_j(scale · q_i · k_j / τ) over the entries that query i sees;   s_j = reduce_i f(p_ij)
 

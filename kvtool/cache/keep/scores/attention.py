@@ -13,6 +13,7 @@ import torch
 from kvtool.cache.keep.scores._base import View
 
 SEES = "queries"
+PAST = True
 
 
 def score(view: View) -> torch.Tensor:
