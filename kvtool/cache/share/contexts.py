@@ -29,14 +29,16 @@ from kvtool.rotary import Rotary
 from kvtool_kernels.ops import merge
 
 if TYPE_CHECKING:
+    from kvtool.cache.segment_cache import SegmentCache
     from kvtool.cache.segment_layer import SegmentLayer
 
 
 @dataclass(frozen=True)
 class Context:
-    """One layer of a cache that is read and not written to. Its first token stands at position `first`, `offset` later
-    than where the model read it, and `rotary` turns queries."""
+    """One layer of `cache`, which is read and not written to, and lives as long as this does. Its first token stands at
+    position `first`, `offset` later than where the model read it, and `rotary` turns queries."""
 
+    cache: SegmentCache
     layer: SegmentLayer
     first: int
     rotary: Rotary

@@ -83,9 +83,9 @@ def beside(
     for index, (layer, rotary) in enumerate(zip(cache.segments, rotaries, strict=True)):
         layer.contexts = Contexts(
             layer.place - layer.columns if layer.columns else end,
-            None if prefix is None else Context(prefix.segments[index], 0, rotary),
+            None if prefix is None else Context(prefix, prefix.segments[index], 0, rotary),
             [
-                Context(document.segments[index], start, rotary, start - first)
+                Context(document, document.segments[index], start, rotary, start - first)
                 for document, start in zip(documents, starts, strict=True)
             ],
             1.0 if told is None else float(told.temperature[index]),

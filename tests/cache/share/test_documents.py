@@ -97,8 +97,8 @@ def test_temperature_and_scale(softcap: float | None) -> None:
     model, t, s, scale = models.double("llama"), 0.6, 0.8, 0.4
     prefix = prefixed(model)
     held = [document(model, prefix, ids) for ids in TEXTS[:2]]
-    contexts = [Context(each.segments[1], len(PREFIX), NONE) for each in held]
-    made = Contexts(17, Context(prefix.segments[1], 0, NONE), contexts, t, s)
+    contexts = [Context(each, each.segments[1], len(PREFIX), NONE) for each in held]
+    made = Contexts(17, Context(prefix, prefix.segments[1], 0, NONE), contexts, t, s)
     g = model.geometry
     draw = torch.Generator().manual_seed(5)
     q = torch.randn(2, g.query_heads, 3, g.head_dim, generator=draw, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_turning_the_query_is_turning_the_keys() -> None:
     k, v, _ = held.segments[1].parts[0].lanes[0].recall()
     source = torch.arange(12)[None]
     places = torch.tensor([30, 31])
-    mine = Context(held.segments[1], 9, rotary, 9).attend(q, places, 0.3, None)
+    mine = Context(held, held.segments[1], 9, rotary, 9).attend(q, places, 0.3, None)
     theirs = attend(q, rotary.move(k, source, source + 9), v, scale=0.3)
     for a, b in zip(mine, theirs, strict=True):
         close(a, b, torch.float32)  # the tables are fp32

@@ -145,7 +145,7 @@ def test_sinks_of_a_document_stay_as_near_as_its_window_has_them() -> None:
     k, v, _ = raw.segments[0].parts[0].lanes[0].recall()  # of layer 0, where windows have changed nothing yet
     stay, source = [0, 1, *range(15, 20)], torch.arange(2)[None]
     near = torch.cat([rotary.move(k[:, :, :2], source, source + 13), k[:, :, 15:]], dim=2)
-    mine = Context(held.segments[0], 0, rotary).attend(q, torch.tensor([20, 21]), 0.3, None)
+    mine = Context(held, held.segments[0], 0, rotary).attend(q, torch.tensor([20, 21]), 0.3, None)
     for a, b in zip(mine, attend(q, near, v[:, :, stay], scale=0.3), strict=True):
         close(a, b, torch.float32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.laws.rows._base import BRIEF, Options, Row
 
 MERGED = dict(merged=1.0, recent=2, block=8, group=8)
-BY_KL = MERGED | dict(mode="calibrated", by="divergence", merged=0.7, samples=1, tokens=40, steps=4)
+BY_KL = MERGED | dict(mode="calibrated", by="divergence", bits=4, samples=1, tokens=40, steps=4)
 CSKV = dict(samples=1, tokens=64, steps=2)
 WEIGHED: Options = dict(samples=1, tokens=40, steps=16, draws=2, block=8)
 DEALT: Options = WEIGHED | dict(length=96, group=8, bits=(1, 2, 4, 8), ranks=(0.5,), latent=(4,), rivals=0, checked=0)
