@@ -308,7 +308,8 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
 
     def call(*given: Any) -> None:
         live = found()
-        assert live is not None
+        if live is None:
+            raise InputError("layers of a cache that is gone", remedy="keep the SegmentCache as long as its layers")
         live(*given)
 
     return call

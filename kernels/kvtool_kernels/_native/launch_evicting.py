@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvtool_kernels._native import evicting, mixing, team
+from kvtool_kernels._native import evicting, mixing, scoring, team
 from kvtool_kernels._native.record import AT_ONCE, LANES, padded
 from kvtool_kernels.attend_evict.reference import Evicted
 from kvtool_kernels.mixing import Mix
 
 CHUNK = 128  # entries of a chunk at least, where a head is divided among threads
 SHARES = 2  # chunks per thread, so that none waits long for the last
-HOW = {"sum": evicting.SUM, "mean": evicting.MEAN, "max": evicting.MAX}
+HOW = {"sum": scoring.SUM, "mean": scoring.MEAN, "max": scoring.MAX}
 
 
 def attend_evict(
@@ -46,10 +46,7 @@ def attend_evict(
     chunks, threads = _chunks(rows, entries)
     pitch, pad = padded(entries), padded(kernel // 2)
     stay = entries - (free[0] < free[1])
-    scratch = max(AT_ONCE * evicting.TILE, pitch + 2 * pad, width)
-    apart = past is not None or (kernel > 1 and (peak or group == "max"))
-    if apart:
-        scratch = max(scratch, (1 + AT_ONCE) * pitch + 2 * pad)
+    scratch = max(AT_ONCE * evicting.TILE, width, (1 + AT_ONCE) * pitch + 2 * pad)
     if mix is not None:
         scratch = max(scratch, own * (width + LANES) + AT_ONCE * mixing.TILE)
     sizes = [
@@ -58,8 +55,8 @@ def attend_evict(
     ]  # fmt: skip
     out, lse, parts, room, logits, scores, gone, near, entropies, changes = torch.empty(sum(sizes)).split(sizes)
     after, query = torch.empty(batch, kv_heads, stay), (q * scale).contiguous()
-    job = np.zeros(evicting.FIELDS + kv_heads + rows + batch, dtype=np.int64)  # behind it: noise, then what is done
-    noises, done = (job.ctypes.data + 8 * at for at in (evicting.FIELDS, evicting.FIELDS + kv_heads))
+    job = np.zeros(scoring.FIELDS + kv_heads + rows + batch, dtype=np.int64)  # behind it: noise, then what is done
+    noises, done = (job.ctypes.data + 8 * at for at in (scoring.FIELDS, scoring.FIELDS + kv_heads))
     mixture, kept = (0,) * 7, None
     if mix is not None:
         kept = None if mix.before is None else mix.before.float().contiguous()
@@ -70,17 +67,17 @@ def attend_evict(
         )  # fmt: skip
     asked = None if past is None else (past * scale).contiguous()
     known = (0, 0, 0, 0) if before is None else (before.data_ptr(), before.shape[2], before.stride(0), before.stride(1))
-    job[: evicting.FIELDS] = [
+    job[: scoring.FIELDS] = [
         0, 0, rows * chunks, room.data_ptr(), 4 * scratch, kv_heads, own, chunks, entries, width, pitch, pad,
         query.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3],
         out.data_ptr(), lse.data_ptr(), parts.data_ptr(), logits.data_ptr(), scores.data_ptr(),
         *known, after.data_ptr(), gone.data_ptr(), near.data_ptr() if nearest else 0, *free, noises if noise else 0,
         noise[0].stride(0) if noise else 0, _bits(1 / heat), bool(noise) or heat != 1, HOW[group], kernel,
         _bits(decay), largest, alike, done, done + 8 * rows, *mixture,
-        apart, peak, *((0, 0) if asked is None else (asked.data_ptr(), asked.shape[2])),
+        peak, *((0, 0) if asked is None else (asked.data_ptr(), asked.shape[2])),
     ]  # fmt: skip
     if noise:
-        job[evicting.FIELDS : evicting.FIELDS + kv_heads] = [x.data_ptr() for x in noise]
+        job[scoring.FIELDS : scoring.FIELDS + kv_heads] = [x.data_ptr() for x in noise]
     team.run(evicting.function(), job, threads)
     made = out.view(batch, heads, 1, width), lse.view(batch, heads, 1)
     if stay == entries:

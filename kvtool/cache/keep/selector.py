@@ -58,8 +58,9 @@ class Selector:
         self.turn = 0
         self.logits: torch.Tensor | None = None  # of the only query that is remembered, if attention has them
         self.limit = 0  # entries a head may hold, once that is settled
-        old = bool(spec.decay) or spec.reduce == "max" or getattr(self.rule, "RECALLS", False)
+        old = bool(spec.decay) or spec.reduce == "max"
         self.remembers = self.rule.SEES == "own" or (self.rule.SEES == "queries" and old)
+        self.scores_all = self.remembers or getattr(self.rule, "RECALLS", False)  # also steps at which nothing leaves
         self.blind = getattr(self.picking, "BLIND", False) and not getattr(self.merging, "SCORES", False)
         if spec.when == "chunk":
             self.limit = self.limits(self.prompt_length)[0]
@@ -214,11 +215,11 @@ class Selector:
 
     def choose(self, view: View, scores: torch.Tensor, count: int, peers: torch.Tensor) -> torch.Tensor:
         """The entries that stay, in order, int64 [B,K,N]; peers as in `Choice`."""
-        return self.picking.pick(Choice(view, scores, count, self.free(scores.shape[2]), peers, self.memory))
+        return self.picking.pick(Choice(view, scores, count, self.free(scores.shape[2]), peers))
 
     def job(self, view: View, scores: torch.Tensor, counts: torch.Tensor, index: torch.Tensor) -> Job:
         """What the merging rule is given."""
-        return Job(view, scores, counts, index, self.memory, self.free(scores.shape[2]))
+        return Job(view, scores, counts, index, self.free(scores.shape[2]))
 
     def settle(self, scores: torch.Tensor | None, limit: int) -> None:
         """A choice is made: forget the queries, and remember what the next one needs of scores [B,K,N] of the kept.

@@ -71,11 +71,6 @@ def inside(
     return numbered(tokens, opening, closing, markers=markers, unclosed=unclosed) > 0
 
 
-def ends(tokens: torch.Tensor, marker: Marker) -> torch.Tensor:
-    """bool like tokens [...,S]: where a marker ends."""
-    return _occurrences(tokens, marker)[1]
-
-
 def _occurrences(tokens: torch.Tensor, marker: Marker) -> tuple[torch.Tensor, torch.Tensor]:
     """bool like tokens [...,S]: where the marker begins, and where it ends."""
     count = tokens.shape[-1]

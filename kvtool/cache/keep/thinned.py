@@ -56,7 +56,7 @@ class Thinned(Bulk):
         if count is None:
             return super()._one(q, k, v, step)
         self._receive(k, v, step, q)
-        if count == self.recent.length and not self.selector.remembers:
+        if count == self.recent.length and not self.selector.scores_all:
             self.selector.passed(None, q)
             return self.recent.attend(q, step)
         out = fused.turn(self.selector, q, *self.recent.recall(), count, step)
@@ -195,7 +195,7 @@ class Thinned(Bulk):
         if self.selector.queries:
             held = self.recent.length
             count = self.selector.due(held, self.fed)
-            if count == held and not self.selector.remembers and not self.selector.picking.RAGGED:
+            if count == held and not self.selector.scores_all and not self.selector.picking.RAGGED:
                 self.selector.settle(None, self.selector.limit or count)
                 return
             view = self.view(step)

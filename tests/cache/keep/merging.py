@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kvtool.cache.keep.merges._base import Job
@@ -26,4 +28,4 @@ def job(entries: View, kept: int, seed: int = 0, **memory) -> Job:
     draw = torch.Generator().manual_seed(seed)
     scores = torch.rand(entries.k.shape[:3], generator=draw)
     index = torch.rand(entries.k.shape[:3], generator=draw).argsort(-1)[..., :kept].sort(-1).values
-    return Job(entries, scores, torch.ones(entries.k.shape[:3]), index, memory)
+    return Job(replace(entries, memory=memory), scores, torch.ones(entries.k.shape[:3]), index)

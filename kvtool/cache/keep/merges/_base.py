@@ -52,16 +52,19 @@ class Changed:
 class Job:
     """The entries of `view`, their scores [B,K,S] and counts fp32 [B,K,S], of which those at index int64 [B,K,N] stay.
 
-    memory: what a rule keeps from one call to the next, tensors [B,...] of its own naming. free: the entries that do
-    not stay whatever they score.
+    free: the entries that do not stay whatever they score.
     """
 
     view: View
     scores: torch.Tensor
     counts: torch.Tensor
     index: torch.Tensor
-    memory: dict[str, torch.Tensor] = field(default_factory=dict)
     free: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def memory(self) -> dict[str, torch.Tensor]:
+        """What rules keep from one call to the next."""
+        return self.view.memory
 
     @property
     def spec(self) -> Select:

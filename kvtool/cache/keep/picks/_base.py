@@ -9,7 +9,7 @@ told in `fused.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -20,8 +20,8 @@ from kvtool.cache.keep.scores._base import View
 class Choice:
     """scores [B,K,S] of the entries in `view`, of which `count` shall stay, and whatever lies outside `free`.
 
-    peers: scores [B,R,S] of all heads whose entries are chosen together with these, the lane's own among them.
-    memory: the merging rule's, which may be told there why entries stay.
+    peers: scores [B,R,S] of all heads whose entries are chosen together with these, the lane's own among them. In
+    the view's `memory` the merging rule may be told why entries stay.
     """
 
     view: View
@@ -29,7 +29,6 @@ class Choice:
     count: int
     free: slice
     peers: torch.Tensor
-    memory: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def best(scores: torch.Tensor, count: int, free: slice) -> torch.Tensor:

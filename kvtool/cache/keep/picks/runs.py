@@ -23,5 +23,5 @@ def picked(choice: Choice, epsilon: torch.Tensor | None) -> torch.Tensor:
     alone = sole(scores, choice.count, choice.free, float(spec.settings["heavy"]))
     run = runs(links(choice.view.k, alone), choice.count, epsilon)
     if spec.merge == "runs":
-        choice.memory["run"] = run
+        choice.view.memory["run"] = run
     return pivots(run, scores)

@@ -45,9 +45,9 @@ class View:
 
     layer, heads: where the K heads are in the model; turn: how often these entries were scored before.
     tags: int64 [B,K,S], the entries' "positions" (what RoPE was given) and "tokens", for rules that need them.
-    rotary: the layer's rotation. memory: what the rules keep, by name. logits: q·k of the only query, scaled and
-    capped, [B,H,1,S], where they are known. account: what payments are shared through (`memo.py`), if they are; a view
-    that is made from this one has none.
+    rotary: the layer's rotation. memory: what rules keep from one call to the next, tensors [B,...] of their own
+    naming. logits: q·k of the only query, scaled and capped, [B,H,1,S], where they are known. account: what payments
+    are shared through (`memo.py`), if they are; a view that is made from this one has none.
     """
 
     q: torch.Tensor

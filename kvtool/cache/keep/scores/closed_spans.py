@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from kvtool.cache.keep.scores._base import View
-from kvtool.cache.keep.spans import ends, inside, numbered
+from kvtool.cache.keep.spans import inside, numbered
 from kvtool.slots import Select
 
 SEES = "entries"
@@ -21,9 +21,9 @@ NEEDS = ("tokens",)
 def quiet(spec: Select, tokens: torch.Tensor) -> bool:
     """Nothing is over that was not before the newest of the tokens [B,K,S] held: no marker ends there, or just before,
     where what follows a marker ends its span."""
-    markers = [*spec.settings["opening"], *spec.settings["closing"]]
-    near = tokens[:, :, -1 - max(map(len, markers)) :]
-    return not bool(ends(near, markers)[..., -2:].any())
+    markers = [list(ids) for name in ("opening", "closing") for ids in spec.settings[name]]
+    near = tokens[:, :, -1 - max(map(len, markers), default=0) :].flatten(0, 1).tolist()
+    return not any(ids in (line[-len(ids) :], line[-1 - len(ids) : -1]) for line in near for ids in markers)
 
 
 def score(view: View) -> torch.Tensor:

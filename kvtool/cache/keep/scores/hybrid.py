@@ -43,15 +43,13 @@ def blend(view: View) -> Mix:
 
 
 def _newest(view: View) -> torch.Tensor:
-    """[B,1,S], of one observed query, whose output is remembered if it is a decode step's."""
+    """[B,1,S], of one observed query, the newest, whose output is remembered if it is a decode step's."""
     ((_, seen),) = hot(view)
     p = torch.softmax(seen, -1)
-    unseen = (0, view.k.shape[2] - p.shape[-1])
     mix, out = blend(view), _made(view, p)
     if view.turn:
         view.memory["output"] = out
-    p, seen = (torch.nn.functional.pad(x[:, :, 0], unseen) for x in (p, seen))
-    return mixed(mix, p, seen, view.q, view.v, out, scale=view.scale, softcap=view.softcap)
+    return mixed(mix, p[:, :, 0], seen[:, :, 0], view.q, view.v, out, scale=view.scale, softcap=view.softcap)
 
 
 def _look(view: View, received: torch.Tensor, entropy: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
@@ -71,7 +69,7 @@ def _look(view: View, received: torch.Tensor, entropy: torch.Tensor, change: tor
     p = torch.stack(newest, 2)
     before, now = _made(view, p).split(1, 2)
     q, v = view.q[:, :, -1:], view.v
-    seen = logits(q, view.k, scale=view.scale, softcap=view.softcap)[:, :, 0] if view.softcap else p[:, :, 1]
+    seen = logits(q, view.k, scale=view.scale, softcap=view.softcap)[:, :, 0]
     change += moved(p[:, :, 1], seen, q, v, now, before, scale=view.scale, softcap=view.softcap).sum(1)
     return now
 
