@@ -46,17 +46,19 @@ def test_a_scoreboard_has_columns_for_the_tasks_that_were_run(tmp_path: Path, ca
            "calibration_seconds": 12.0, "all": found}  # fmt: skip
     timed = {**row, "name": "kivi@0.25", "all": found | {"decode_ratio": 0.875}}
     failed = {"name": "duo@0.25", "kind": "method", "budget": 0.25, "error": "no gates", "skipped": False}
-    (tmp_path / "board.json").write_text(json.dumps({"rows": [row, failed]}))
-    runpy.run_path(str(BENCHMARKS / "scoreboard.py"))["main"](str(tmp_path / "board.json"), None)
-    assert capsys.readouterr().out.splitlines() == [
+
+    def printed(*rows: dict[str, Any]) -> list[str]:
+        (tmp_path / "board.json").write_text(json.dumps({"rows": rows}))
+        runpy.run_path(str(BENCHMARKS / "scoreboard.py"))["main"](str(tmp_path / "board.json"), None)
+        return capsys.readouterr().out.splitlines()
+
+    assert printed(row, failed) == [
         "|  | bytes | acceptance | prefill × | calibration |",
         "| --- | --- | --- | --- | --- |",
         "| `duo@0.25` | no gates |  |  |  |",
         "| `quest@0.25` | 0.250 | 0.750/0.500 | 1.00 | 12 s |",
     ]
-    (tmp_path / "board.json").write_text(json.dumps({"rows": [row, timed]}))
-    runpy.run_path(str(BENCHMARKS / "scoreboard.py"))["main"](str(tmp_path / "board.json"), None)
-    assert capsys.readouterr().out.splitlines() == [
+    assert printed(row, timed) == [
         "|  | bytes | acceptance | prefill × | decode × | calibration |",
         "| --- | --- | --- | --- | --- | --- |",
         "| `kivi@0.25` | 0.250 | 0.750/0.500 | 1.00 | 0.88 | 12 s |",

@@ -82,6 +82,8 @@ def test_the_same_stays(name: str, entries: int, dtype: torch.dtype) -> None:
         assert (mine.selector.running is None) == (theirs.selector.running is None)
         if mine.selector.running is not None:
             close(mine.selector.running, theirs.selector.running)
+        for buffer in mine.selector.buffers():  # no view into something larger
+            assert buffer.untyped_storage().nbytes() == buffer.nbytes
         assert (mine.selector.turn, mine.selector.limit) == (theirs.selector.turn, theirs.selector.limit)
         assert mine.selector.first == theirs.selector.first
         for actual, expected in zip(mine.selector.queries, theirs.selector.queries, strict=True):
