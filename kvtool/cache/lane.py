@@ -75,9 +75,9 @@ class Lane(ABC):
 
     def __init__(self, heads: list[int]):
         self.heads = heads
-        first, count = heads[0], len(heads)
-        row = heads == list(range(first, first + count))
-        self.at = slice(first, first + count) if row else heads  # of the layer's heads: neighbours are not copied
+        row = slice(heads[0], heads[-1] + 1, heads[1] - heads[0] if len(heads) > 1 else 1)
+        even = row.step > 0 and heads == list(range(row.start, row.stop, row.step))
+        self.at = row if even else heads  # of the layer's heads: nothing is copied where they stand in even steps
 
     @abstractmethod
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> Partial:

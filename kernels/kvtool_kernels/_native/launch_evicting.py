@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -50,10 +51,15 @@ def attend_evict(
     if mix is not None:
         scratch = max(scratch, own * (width + LANES) + AT_ONCE * mixing.TILE)
     sizes = [
-        rows * own * width, rows * own, rows * chunks * (LANES + own * (LANES + width)), threads * scratch,
-        rows * own * pitch, rows * pitch, rows, 2 * rows, rows, 0 if mix is None else rows * pitch,
+        rows * chunks * (LANES + own * (LANES + width)), threads * scratch, rows * own * pitch, rows * pitch, rows,
+        0 if mix is None else rows * pitch,
     ]  # fmt: skip
-    out, lse, parts, room, logits, scores, gone, near, entropies, changes = torch.empty(sum(sizes)).split(sizes)
+    work = torch.empty(sum(sizes))
+    parts, room, logits, scores, entropies, changes = (
+        work.data_ptr() + 4 * at for at in itertools.accumulate([0, *sizes[:-1]])
+    )
+    gone, near = torch.empty(batch, kv_heads, 1), torch.empty(batch, kv_heads, 1, 2) if nearest else None
+    out, lse = torch.empty(batch, heads, 1, width), torch.empty(batch, heads, 1)
     after, query = torch.empty(batch, kv_heads, stay), (q * scale).contiguous()
     job = np.zeros(scoring.FIELDS + kv_heads + rows + batch, dtype=np.int64)  # behind it: noise, then what is done
     noises, done = (job.ctypes.data + 8 * at for at in (scoring.FIELDS, scoring.FIELDS + kv_heads))
@@ -62,16 +68,16 @@ def attend_evict(
         kept = None if mix.before is None else mix.before.float().contiguous()
         many = heads * max(math.log(entries), 1e-30)
         mixture = (
-            1, 0 if kept is None else kept.data_ptr(), changes.data_ptr(), entropies.data_ptr(),
+            1, 0 if kept is None else kept.data_ptr(), changes, entropies,
             _bits(mix.attention), _bits(mix.gradient), _bits(mix.entropy / many),
         )  # fmt: skip
     asked = None if past is None else (past * scale).contiguous()
     known = (0, 0, 0, 0) if before is None else (before.data_ptr(), before.shape[2], before.stride(0), before.stride(1))
     job[: scoring.FIELDS] = [
-        0, 0, rows * chunks, room.data_ptr(), 4 * scratch, kv_heads, own, chunks, entries, width, pitch, pad,
+        0, 0, rows * chunks, room, 4 * scratch, kv_heads, own, chunks, entries, width, pitch, pad,
         query.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3],
-        out.data_ptr(), lse.data_ptr(), parts.data_ptr(), logits.data_ptr(), scores.data_ptr(),
-        *known, after.data_ptr(), gone.data_ptr(), near.data_ptr() if nearest else 0, *free, noises if noise else 0,
+        out.data_ptr(), lse.data_ptr(), parts, logits, scores,
+        *known, after.data_ptr(), gone.data_ptr(), 0 if near is None else near.data_ptr(), *free, noises if noise else 0,
         noise[0].stride(0) if noise else 0, _bits(1 / heat), bool(noise) or heat != 1, HOW[group], kernel,
         _bits(decay), largest, alike, done, done + 8 * rows, *mixture,
         peak, *((0, 0) if asked is None else (asked.data_ptr(), asked.shape[2])),
@@ -79,11 +85,8 @@ def attend_evict(
     if noise:
         job[scoring.FIELDS : scoring.FIELDS + kv_heads] = [x.data_ptr() for x in noise]
     team.run(evicting.function(), job, threads)
-    made = out.view(batch, heads, 1, width), lse.view(batch, heads, 1)
-    if stay == entries:
-        return made, after, None, None
-    cosine, place = near.view(batch, kv_heads, 1, 2).unbind(-1)
-    return made, after, gone.long().view(batch, kv_heads, 1), (cosine, place.long()) if nearest else None
+    found = None if near is None else (near[..., 0], near[..., 1].long())
+    return (out, lse), after, *((None, None) if stay == entries else (gone.long(), found))
 
 
 def _chunks(rows: int, entries: int) -> tuple[int, int]:

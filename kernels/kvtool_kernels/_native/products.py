@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding
+import numba
 from numba import float32
 
 from kvtool_kernels._native.record import FP32, LANES
-from kvtool_kernels._native.simd import add_inner, add_outer, fma, load, read, splat, store, total, write, zeros
+from kvtool_kernels._native.simd import (
+    add_inners,
+    add_outer,
+    fma,
+    load,
+    put_totals,
+    read,
+    splat,
+    store,
+    total,
+    write,
+    zeros,
+)
 from kvtool_kernels._native.tile import inner_loop
+
+# Are there registers for LANES sums of LANES numbers? Where Numba is told to compile for another processor: no.
+WIDE_REGISTERS = numba.config.CPU_NAME is None and llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 
 
 def _outer(rows: int, vectors: int) -> Any:
@@ -38,14 +55,22 @@ def _outer(rows: int, vectors: int) -> Any:
 
 
 def _inner(rows: int) -> Any:
-    """`inner` for exactly `rows` rows."""
+    """`inner` for exactly `rows` rows: as many columns at a time as give LANES sums, where registers hold them."""
+    block = LANES // (4 if rows > 2 else rows) if WIDE_REGISTERS else 1
+    sums_at_once = rows * block
 
     @inner_loop
     def inner(weights, stride, lanes, tile, pitch, count, out, out_pitch):
-        for i in range(count):
+        whole = count - count % block if block > 1 else 0
+        for i in range(0, whole, block):
+            many = zeros(sums_at_once)
+            for lane in range(0, lanes, LANES):
+                many = add_inners(many, rows, weights + lane * 4, stride, tile + (i * pitch + lane) * 4, pitch)
+            put_totals(many, rows, out + i * 4, out_pitch)
+        for i in range(whole, count):
             sums = zeros(rows)
             for lane in range(0, lanes, LANES):
-                sums = add_inner(sums, weights + lane * 4, stride, tile + (i * pitch + lane) * 4)
+                sums = add_inners(sums, rows, weights + lane * 4, stride, tile + (i * pitch + lane) * 4, pitch)
             for r in range(rows):
                 at = r * out_pitch + i
                 write(out, at, read(out, at) + total(sums[r]))

@@ -284,19 +284,70 @@ def add_outer(typing: Any, sums: Any, rows: Any, weights: Any, stride: Any, tile
 
 
 @_operation
-def add_inner(typing: Any, sums: Any, weights: Any, stride: Any, tile: Any) -> Any:
-    """sums[r] += weights[r · stride ...] · tile by lane; `weights` and `tile` are addresses."""
+def add_inners(typing: Any, sums: Any, rows: Any, weights: Any, stride: Any, tile: Any, pitch: Any) -> Any:
+    """sums[r, i] += weights[r · stride ...] · tile[i · pitch ...] by lane; `weights` and `tile` are addresses."""
+    height = rows.literal_value
+    width = len(sums) // height
 
     def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        sums, weights, stride, tile = given
-        kind = ir.VectorType(_FLOAT, LANES)
-        vector = builder.load(_at(builder, tile, _LONG(0), _FLOAT, kind), align=4)
-        for r in range(signature.args[0].count):
-            weight = builder.load(_at(builder, weights, builder.mul(stride, _LONG(r)), _FLOAT, kind), align=4)
-            sums = builder.insert_value(sums, _fma(builder, weight, vector, builder.extract_value(sums, r)), r)
+        sums, _, weights, stride, tile, pitch = given
+
+        def loaded(address: ir.Value, step: ir.Value, count: int) -> list[ir.Value]:
+            places = [_at(builder, address, builder.mul(step, _LONG(i)), _FLOAT, WIDE_TYPE) for i in range(count)]
+            return [builder.load(place, align=4) for place in places]
+
+        vectors = loaded(tile, pitch, width)
+        for r, weight in enumerate(loaded(weights, stride, height)):
+            for i, vector in enumerate(vectors):
+                at = r * width + i
+                sums = builder.insert_value(sums, _fma(builder, weight, vector, builder.extract_value(sums, at)), at)
         return sums
 
-    return sums(sums, weights, stride, tile), generate
+    return sums(sums, rows, weights, stride, tile, pitch), generate
+
+
+@_operation
+def put_totals(typing: Any, sums: Any, rows: Any, out: Any, pitch: Any) -> Any:
+    """out[r · pitch + i] += the sum of all lanes of sums[r, i], added up in the order of `total`; `out` is an address.
+    At most LANES sums."""
+    height = rows.literal_value
+    width = len(sums) // height
+
+    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+        sums, _, out, pitch = given
+        vectors = [builder.extract_value(sums, at) for at in range(height * width)]
+        vectors += [ir.Constant(WIDE_TYPE, None)] * (LANES - len(vectors))
+        vectors = [vectors[i % 4 * 4 + i // 4] for i in range(LANES)]  # how the rounds below interleave them
+        for half in (8, 4, 2, 1):
+            low = _folded(half)
+            order = [ir.Constant(ir.VectorType(_INT, LANES), [at + part for at in low]) for part in (0, half)]
+            vectors = [
+                builder.fadd(*(builder.shuffle_vector(a, b, places) for places in order))
+                for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        few = ir.VectorType(_FLOAT, width)
+        for r in range(height):
+            own = ir.Constant(ir.VectorType(_INT, width), [r * width + i for i in range(width)])
+            place = _at(builder, out, builder.mul(pitch, _LONG(r)), _FLOAT, few)
+            new = builder.shuffle_vector(vectors[0], vectors[0], own)
+            builder.store(builder.fadd(builder.load(place, align=4), new), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(sums, rows, out, pitch), generate
+
+
+def _folded(half: int) -> list[int]:
+    """Lanes of two vectors, those of the second from LANES on, to which the lanes `half` behind them are added: such
+    that the sums of both are in one vector, side by side in each quarter of it where a quarter holds them."""
+    if half >= 4:
+        return [lane for lane in range(2 * LANES) if lane % (2 * half) < half]
+    return [
+        vector * LANES + quarter * 4 + pair * 2 * half + lane
+        for quarter in range(4)
+        for vector in range(2)
+        for pair in range(2 // half)
+        for lane in range(half)
+    ]
 
 
 @_operation

@@ -13,7 +13,7 @@ from kvtool_kernels.attend_evict import reference
 from kvtool_kernels.attend_evict.reference import Evicted
 from kvtool_kernels.mixing import Mix
 
-LEAST = 128  # entries from which on it is worth the import
+LEAST = 128  # logits of a query head from which on it is worth the import
 
 
 def attend_evict(
@@ -37,13 +37,14 @@ def attend_evict(
     past: torch.Tensor | None = None,
     peak: bool = False,
 ) -> Evicted:
-    """As `reference.attend_evict`; what comes after attention is done as there for few entries, soft caps, other dtypes
+    """As `reference.attend_evict`; what comes after attention is done as there for few logits, soft caps, other dtypes
     and narrow heads."""
     tensors = (q, k, v, *(x for x in (before, past) if x is not None), *noise)
     dense = all(x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors)
     whole = k.shape[3] == v.shape[3] and k.shape[3] % LANES == 0 and q.shape[1] // k.shape[1] <= FEW
+    logits = k.shape[2] * (1 if past is None else 1 + past.shape[2])
     smooth = len({x.stride(0) for x in noise}) <= 1 and not (noise and past is not None)
-    if not (dense and whole and smooth and softcap is None and k.shape[2] >= LEAST and served(q, k, v)):
+    if not (dense and whole and smooth and softcap is None and logits >= LEAST and served(q, k, v)):
         out, lse, seen = scored(q, k, v, scale=scale, softcap=softcap)
         return reference.evicted(
             (out, lse), seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise,

@@ -72,7 +72,7 @@ def turn(selector: Selector, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         past=selector.past(), peak=spec.pool == "max",
     )  # fmt: skip
     if blend is not None:
-        selector.memory["output"] = made[0].clone()  # it lies in the operation's workspace
+        selector.memory["output"] = made[0]
     if join is not None and near is not None:
         join(k, v, near, spec, selector.memory)
     selector.passed(scores if selector.remembers else None, q)

@@ -245,7 +245,8 @@ class Selector:
         self.running = scores
         if self.spec.history and q is not None:
             end = self.first[-1] + self.queries[-1].shape[2] + 1
-            last = torch.cat([*self.queries, q], dim=2)[:, :, -self.spec.history :].clone()
+            earlier = self.past()
+            last = q.clone() if earlier is None else torch.cat([earlier, q], dim=2)
             self.queries, self.first = [last], [end - last.shape[2]]
 
     def past(self) -> torch.Tensor | None:
