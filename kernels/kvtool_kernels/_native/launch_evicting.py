@@ -77,9 +77,9 @@ def attend_evict(
         0, 0, rows * chunks, room, 4 * scratch, kv_heads, own, chunks, entries, width, pitch, pad,
         query.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3],
         out.data_ptr(), lse.data_ptr(), parts, logits, scores,
-        *known, after.data_ptr(), gone.data_ptr(), 0 if near is None else near.data_ptr(), *free, noises if noise else 0,
-        noise[0].stride(0) if noise else 0, _bits(1 / heat), bool(noise) or heat != 1, HOW[group], kernel,
-        _bits(decay), largest, alike, done, done + 8 * rows, *mixture,
+        *known, after.data_ptr(), gone.data_ptr(), 0 if near is None else near.data_ptr(), *free,
+        noises if noise else 0, noise[0].stride(0) if noise else 0, _bits(1 / heat), bool(noise) or heat != 1,
+        HOW[group], kernel, _bits(decay), largest, alike, done, done + 8 * rows, *mixture,
         peak, *((0, 0) if asked is None else (asked.data_ptr(), asked.shape[2])),
     ]  # fmt: skip
     if noise:

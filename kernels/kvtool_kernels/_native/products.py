@@ -25,7 +25,8 @@ from kvtool_kernels._native.simd import (
 from kvtool_kernels._native.tile import inner_loop
 
 # Are there registers for LANES sums of LANES numbers? Where Numba is told to compile for another processor: no.
-WIDE_REGISTERS = numba.config.CPU_NAME is None and llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+FOR_THIS = numba.config.CPU_NAME is None  # type: ignore[attr-defined]  # it fills its module in when it is imported
+WIDE_REGISTERS = FOR_THIS and llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 
 
 def _outer(rows: int, vectors: int) -> Any:
