@@ -27,12 +27,12 @@ from kvtool_kernels.latent import cpu as _latent_cpu
 from kvtool_kernels.latent import reference as _latent_reference
 from kvtool_kernels.merge import reference as _merge_reference
 from kvtool_kernels.merge.reference import Partial
-from kvtool_kernels.mixing import Mix
 from kvtool_kernels.packed import Layout, Packed
 from kvtool_kernels.packing import reference as _packing_reference
 from kvtool_kernels.prefill import reference as _prefill_reference
 from kvtool_kernels.quantize import cpu as _quantize_cpu
 from kvtool_kernels.quantize import reference as _quantize_reference
+from kvtool_kernels.scoring import SOFTMAX, Scoring
 from kvtool_kernels.select import reference as _select_reference
 
 __all__ = [
@@ -92,32 +92,16 @@ def attend_evict(
     scale: float,
     free: tuple[int, int],
     softcap: float | None = None,
-    heat: float = 1.0,
-    noise: Sequence[torch.Tensor] = (),
-    group: str = "mean",
-    kernel: int = 1,
-    decay: float = 1.0,
-    largest: bool = False,
-    alike: bool = False,
+    scoring: Scoring = SOFTMAX,
     nearest: bool = False,
-    mix: Mix | None = None,
-    past: torch.Tensor | None = None,
-    peak: bool = False,
 ) -> Evicted:
     """Attention of one token, after which the entry that it scores worst goes to the end of k and v, in
     place; see `attend_evict/reference.py`."""
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "free": free, "scoring": scoring, "nearest": nearest}
     if q.device.type == "cpu":
-        return _attend_evict_cpu.attend_evict(
-            q, k, v, before, scale=scale, free=free, softcap=softcap, heat=heat, noise=noise, group=group,
-            kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix,
-            past=past, peak=peak,
-        )  # fmt: skip
+        return _attend_evict_cpu.attend_evict(q, k, v, before, **options)
     out, lse, seen = attend_scored(q, k, v, scale=scale, softcap=softcap)
-    return _attend_evict_reference.evicted(
-        (out, lse), seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise,
-        group=group, kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix, past=past,
-        peak=peak,
-    )  # fmt: skip
+    return _attend_evict_reference.evicted((out, lse), seen, q, k, v, before, **options)
 
 
 def attend_ragged(

@@ -11,7 +11,18 @@ import numpy as np
 import torch
 
 from kvtool_kernels._native import attention, decoding, encoding, team
-from kvtool_kernels._native.record import AT_ONCE, FIRST_SIDE, JOB, LANES, PASSES, THREAD, describe, laid_out, padded
+from kvtool_kernels._native.record import (
+    AT_ONCE,
+    FIRST_SIDE,
+    JOB,
+    LANES,
+    PASSES,
+    THREAD,
+    describe,
+    laid_out,
+    numbers,
+    padded,
+)
 from kvtool_kernels.packed import Layout, Packed
 from kvtool_kernels.quantize.reference import affine
 from kvtool_kernels.schedule import FIRST, HEAD, WORKER, stream_k
@@ -63,7 +74,7 @@ def attend_lanes(
     room = tile * max(wide, value_wide) + LANES  # a tile's last vector may end behind it
     part, scratch = LANES + rows * LANES + rows * value_wide, 2 * (3 * room + LANES) + rows * tile
     sizes = [groups * rows * value_wide, deal.pieces * part, threads * scratch, groups * rows]
-    out, parts, workspace, lse = torch.empty(sum(sizes)).split(sizes)  # whole vectors first: they stay aligned
+    out, parts, workspace, lse = numbers(sum(sizes)).split(sizes)  # whole vectors first: they stay aligned
     told: list[int] = []
     for (keys, values), shape in zip(sides, shapes, strict=True):
         told += [*describe(keys), *describe(values), shape[1]]
@@ -118,11 +129,11 @@ def dequantize(packed: Packed) -> torch.Tensor:
     """A readable side of at least one entry → x̂ fp32 [B,K,S,D]."""
     batch, heads = packed.codes.shape[:2]
     tokens, tile = packed.tokens, tile_of(packed)
-    out, splits = torch.empty(batch, heads, tokens, packed.width), -(-tokens // PIECE)
+    out, splits = numbers(batch, heads, tokens, packed.width), -(-tokens // PIECE)
     units = batch * heads * splits
     threads = min(torch.get_num_threads(), units)
     scratch = 3 * (tile * padded(packed.width) + LANES) + LANES
-    workspace = torch.empty(threads * scratch)
+    workspace = numbers(threads * scratch)
     job = np.zeros(JOB, dtype=np.int64)
     job[:PASSES] = [
         0, 0, units, heads, tokens, tile, PIECE, splits, out.data_ptr(), workspace.data_ptr(), 4 * scratch
@@ -140,12 +151,12 @@ def quantize(x: torch.Tensor, *, bits: int, group: int, layout: Layout, clip: fl
     batch, heads, tokens, width = x.shape
     token = layout == "token"
     shape = (batch, heads, tokens // group, width) if token else (batch, heads, tokens, width // group)
-    codes = torch.empty(*(shape if token else shape[:3]), (group if token else width) * bits // 8, dtype=torch.uint8)
-    low, high = torch.empty(2, *shape)
+    codes = x.new_empty(*(shape if token else shape[:3]), (group if token else width) * bits // 8, dtype=torch.uint8)
+    low, high = numbers(2, *shape)
     splits, tile = -(-tokens // PIECE), group if token else AT_ONCE
     units = batch * heads * splits
     threads, scratch = min(torch.get_num_threads(), units), 2 * tile * width
-    workspace = torch.empty(threads * scratch)
+    workspace = numbers(threads * scratch)
     job = np.zeros(JOB, dtype=np.int64)
     job[:PASSES] = [
         0, 0, units, heads, tokens, tile, PIECE, splits, codes.data_ptr(), workspace.data_ptr(), 4 * scratch

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvtool_kernels._native import launch, team, turning
-from kvtool_kernels._native.record import FIRST_SIDE, LANES, describe, laid_out, padded
+from kvtool_kernels._native.record import FIRST_SIDE, LANES, describe, laid_out, numbers, padded
 from kvtool_kernels.packed import Packed
 
 
@@ -49,7 +49,7 @@ def attend(
     part, scratch = padded(rows) + rows * LANES + rows * value_wide, 2 * (3 * room + LANES) + 2 * room + rows * tile
     groups = batch * units
     sizes = [groups * rows * value_wide, deal.pieces * part, threads * scratch, groups * rows]
-    out, parts, workspace, lse = torch.empty(sum(sizes)).split(sizes)  # whole vectors first: they stay aligned
+    out, parts, workspace, lse = numbers(sum(sizes)).split(sizes)  # whole vectors first: they stay aligned
     job = np.zeros(turning.JOB + groups, dtype=np.int64)  # at the end: how many pieces of each group are done
     job[:FIRST_SIDE] = [
         0, 0, workers, 0, 0, tile, 0, 0, out.data_ptr(), workspace.data_ptr(), 4 * scratch,

@@ -42,6 +42,11 @@ KEYS, VALUES, ENTRIES, LANE = 0, SIDE, 2 * SIDE, 2 * SIDE + 1  # of a lane: its 
 P_LANE, P_BATCH, P_HEAD, P_GROUP, P_FIRST, P_LAST, P_SPLIT, P_SPLITS, PIECE = range(9)
 
 
+def numbers(*shape: int) -> torch.Tensor:
+    """fp32 on the CPU, whatever PyTorch's defaults are, not yet written."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def padded(width: int) -> int:
     """Channels of a row in a tile: whole vectors."""
     return -(-width // LANES) * LANES

@@ -62,12 +62,12 @@ def scored(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.scored`."""
-    entries, group = k.shape[2], q.shape[1] // k.shape[1]
-    if entries < FEW or group > AT_ONCE or q.dtype != torch.float32 or not served(q, k, v):
+    entries, rows = k.shape[2], q.shape[1] // k.shape[1] * q.shape[2]
+    if entries < FEW or rows > AT_ONCE or q.dtype != torch.float32 or not served(q, k, v):
         return *attend(q, k, v, scale=scale, softcap=softcap), reference.logits(q, k, scale=scale, softcap=softcap)
     from kvtool_kernels._native import launch  # only where it pays: Numba is slow to import
 
-    logits = torch.empty(*q.shape[:3], entries)
+    logits = q.new_empty(*q.shape[:3], entries)
     out, lse = launch.attend(q, k, v, scale=scale, softcap=softcap, logits=logits)
     return out, lse, logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

@@ -19,16 +19,14 @@ are paid no more, another may leave.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from kvtool_kernels.attend.reference import attend
 from kvtool_kernels.attend.reference import logits as logits_of
 from kvtool_kernels.merge.reference import Partial
-from kvtool_kernels.mixing import Mix, mixed
+from kvtool_kernels.mixing import mixed
 from kvtool_kernels.precision import wide
+from kvtool_kernels.scoring import SOFTMAX, Scoring
 
 LEAST = 1e-12  # length of a key
 Near = tuple[torch.Tensor, torch.Tensor]
@@ -44,41 +42,29 @@ def attend_evict(
     scale: float,
     free: tuple[int, int],
     softcap: float | None = None,
-    heat: float = 1.0,
-    noise: Sequence[torch.Tensor] = (),
-    group: str = "mean",
-    kernel: int = 1,
-    decay: float = 1.0,
-    largest: bool = False,
-    alike: bool = False,
+    scoring: Scoring = SOFTMAX,
     nearest: bool = False,
-    mix: Mix | None = None,
-    past: torch.Tensor | None = None,
-    peak: bool = False,
 ) -> Evicted:
-    """q [B,H,1,D], k and v [B,K,S,D], the newest entry last; before [B,K,N], N ≤ S; free (low, high) as above; noise
-    [G,S] of each KV head, the same for all rows; past [B,H,N,D], without noise → (out [B,H,1,D], lse [B,H,1]), the
-    scores [B,K,S−1] of those that stay (all S, if none leaves), g int64 [B,K,1] (or None), and (m, u int64), each
-    [B,K,1] (or None)."""
+    """q [B,H,1,D], k and v [B,K,S,D], the newest entry last; before [B,K,N], N ≤ S; free (low, high) as above →
+    (out [B,H,1,D], lse [B,H,1]), the scores [B,K,S−1] of those that stay (all S, if none leaves), g int64 [B,K,1] (or
+    None), and (m, u int64), each [B,K,1] (or None)."""
     made = attend(q, k, v, scale=scale, softcap=softcap)
     seen = logits_of(q, k, scale=scale, softcap=softcap)
     return evicted(
-        made, seen, q, k, v, before, scale=scale, softcap=softcap, free=free, heat=heat, noise=noise, group=group,
-        kernel=kernel, decay=decay, largest=largest, alike=alike, nearest=nearest, mix=mix, past=past, peak=peak,
-    )  # fmt: skip
+        made, seen, q, k, v, before, scale=scale, softcap=softcap, free=free, scoring=scoring, nearest=nearest
+    )
 
 
 def evicted(
     made: Partial, seen: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor | None,
-    *, scale: float, softcap: float | None, free: tuple[int, int], nearest: bool, mix: Mix | None,
-    past: torch.Tensor | None, **scoring: Any,
+    *, scale: float, softcap: float | None, free: tuple[int, int], scoring: Scoring, nearest: bool,
 ) -> Evicted:  # fmt: skip
     """What comes after attention, which has given `made` and the logits `seen` [B,H,1,S]."""
-    blend = None
+    mix, past, blend = scoring.mix, scoring.past, None
     if mix is not None:
         blend = mixed(mix, torch.softmax(seen, -1)[:, :, 0], seen[:, :, 0], q, v, made[0], scale=scale, softcap=softcap)
     earlier = None if past is None else _causal(logits_of(past, k, scale=scale, softcap=softcap))
-    scores = scored(seen, before, k.shape[1], blend=blend, earlier=earlier, **scoring)
+    scores = scored(seen, before, k.shape[1], scoring, blend=blend, earlier=earlier)
     if free[0] == free[1]:
         return made, scores, None, None
     gone = free[0] + scores[:, :, free[0] : free[1]].argmin(-1, keepdim=True)
@@ -100,49 +86,31 @@ def most_like_the_last(k: torch.Tensor) -> Near:
 
 
 def scored(
-    seen: torch.Tensor,
-    before: torch.Tensor | None,
-    kv_heads: int,
-    *,
-    heat: float,
-    noise: Sequence[torch.Tensor],
-    group: str,
-    kernel: int,
-    decay: float,
-    largest: bool,
-    alike: bool,
-    peak: bool = False,
-    blend: torch.Tensor | None = None,
-    earlier: torch.Tensor | None = None,
-) -> torch.Tensor:
+    seen: torch.Tensor, before: torch.Tensor | None, kv_heads: int, scoring: Scoring, *,
+    blend: torch.Tensor | None = None, earlier: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Logits [B,H,1,S], and of the past [B,H,N,S], or what is made of them, `blend` [B,1,S] → the scores [B,K,S] of all
     entries."""
-    if blend is None:
-        scores = _paid(seen, earlier, kv_heads, heat, noise, group, kernel, peak)
-    else:
-        scores = blend.repeat(1, kv_heads, 1)
+    scores = _paid(seen, earlier, kv_heads, scoring) if blend is None else blend.repeat(1, kv_heads, 1)
     if before is not None:
-        known, old = scores[:, :, : before.shape[2]], decay * before
-        known.copy_(torch.maximum(known, old) if largest else known + old)
-    return scores.mean(1, keepdim=True).expand_as(scores).contiguous() if alike else scores
+        known, old = scores[:, :, : before.shape[2]], scoring.decay * before
+        known.copy_(torch.maximum(known, old) if scoring.largest else known + old)
+    return scores.mean(1, keepdim=True).expand_as(scores).contiguous() if scoring.alike else scores
 
 
-def _paid(
-    seen: torch.Tensor, earlier: torch.Tensor | None, kv_heads: int, heat: float, noise: Sequence[torch.Tensor],
-    group: str, kernel: int, peak: bool,
-) -> torch.Tensor:  # fmt: skip
+def _paid(seen: torch.Tensor, earlier: torch.Tensor | None, kv_heads: int, scoring: Scoring) -> torch.Tensor:
     """What the queries pay, [B,K,S]."""
-    if noise:
-        seen = seen + torch.cat([*noise]).to(seen)[:, None]
-    paid = torch.softmax(seen / heat, -1)[:, :, 0]
+    if scoring.noise:
+        seen = seen + torch.cat([*scoring.noise]).to(seen)[:, None]
+    paid = torch.softmax(seen / scoring.heat, -1)[:, :, 0]
     if earlier is not None:
         entries = torch.arange(paid.shape[-1], 0, -1, device=paid.device)  # from each to the newest
-        paid = (paid + torch.softmax(earlier / heat, -1).sum(2)) / entries.clamp_max(1 + earlier.shape[2])
+        paid = (paid + torch.softmax(earlier / scoring.heat, -1).sum(2)) / entries.clamp_max(1 + earlier.shape[2])
     each = paid.unflatten(1, (kv_heads, -1))
-    if kernel > 1:
-        pool = torch.nn.functional.max_pool1d if peak else torch.nn.functional.avg_pool1d
-        each = pool(each.flatten(1, 2), kernel, 1, kernel // 2).view_as(each)
-    return each.amax(2) if group == "max" else each.mean(2) if group == "mean" else each.sum(2)
+    if scoring.kernel > 1:
+        pool = torch.nn.functional.max_pool1d if scoring.peak else torch.nn.functional.avg_pool1d
+        each = pool(each.flatten(1, 2), scoring.kernel, 1, scoring.kernel // 2).view_as(each)
+    return each.amax(2) if scoring.group == "max" else each.mean(2) if scoring.group == "mean" else each.sum(2)
 
 
 def _causal(logits: torch.Tensor) -> torch.Tensor:

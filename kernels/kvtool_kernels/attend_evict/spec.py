@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvtool_kernels.mixing import Mix
+from kvtool_kernels.scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,13 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
     made = torch.randn(q.shape, generator=draw).to(device, dtype) if case.mixed and case.moved else None
     queries = torch.randn(case.batch, case.heads, case.past, case.width, generator=draw) * case.size
     past = queries.to(device, dtype) if case.past else None
+    scoring = Scoring(
+        heat=case.heat, noise=noise if case.noisy else (), past=past, kernel=case.kernel, peak=case.peak,
+        group=case.group, mix=Mix(0.5, 0.2, 0.3, made) if case.mixed else None, decay=case.decay, largest=case.largest,
+        alike=case.alike,
+    )  # fmt: skip
     return {
         "q": q.to(device, dtype), "k": k[:, :, : case.entries], "v": v[:, :, : case.entries], "before": before,
         "scale": case.width**-0.5, "free": (case.low, max(case.low, case.entries - case.recent)),
-        "softcap": case.softcap, "heat": case.heat, "noise": noise if case.noisy else (), "group": case.group,
-        "kernel": case.kernel, "decay": case.decay, "largest": case.largest, "alike": case.alike,
-        "nearest": case.nearest, "mix": Mix(0.5, 0.2, 0.3, made) if case.mixed else None,
-        "past": past, "peak": case.peak,
+        "softcap": case.softcap, "scoring": scoring, "nearest": case.nearest,
     }  # fmt: skip

@@ -36,7 +36,7 @@ def attention_statistics(
     rows = min(ROWS, tokens)
 
     def new(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=q.device)
+        return torch.zeros(shape, dtype=torch.float32, device=q.device)
 
     summary = Summary(
         q.new_empty(tokens, heads, width).transpose(0, 1),

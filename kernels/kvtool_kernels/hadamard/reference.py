@@ -25,7 +25,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 def sylvester(width: int, device: torch.device) -> torch.Tensor:
     """H / √D, fp32 [D,D]."""
     with torch.inference_mode(False):  # what is kept between calls must serve autograd too
-        matrix = torch.ones(1, 1, device=device)
+        matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
         while len(matrix) < width:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
         return matrix / width**0.5

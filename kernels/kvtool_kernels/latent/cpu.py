@@ -89,7 +89,7 @@ def _logits(
     asked = q.reshape(batch, shared, count, rows, width)
     asked, rest = torch.cat(_pairs(asked[..., :turned], interleaved), -1), asked[..., turned:]
     asked = asked.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # pairs side by side, as complex numbers are
-    logits = torch.empty(batch, entries, shared, count, rows)
+    logits = torch.empty(batch, entries, shared, count, rows, dtype=torch.float32, device=q.device)
     basis = None if basis is None else basis.float()
     for low in range(0, entries, BLOCK):
         high = min(low + BLOCK, entries)
@@ -130,7 +130,7 @@ def _weighed(
     for low in range(0, rows, FEW):
         part = keys[..., low : low + FEW]
         count = part.shape[-1]
-        asked = torch.eye(count)[None, :, None].repeat(batch, groups, 1, 1)
+        asked = torch.eye(count, dtype=torch.float32)[None, :, None].repeat(batch, groups, 1, 1)
         out, level = attend_packed(asked, part, v, scale=1.0, softcap=softcap)
         outs.append(out.unflatten(1, (groups, count)))
         levels.append(level.unflatten(1, (groups, count)))

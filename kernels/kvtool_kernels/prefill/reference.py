@@ -29,5 +29,5 @@ def streaming_prefill(
     place = start + torch.arange(q.shape[2], device=q.device)[:, None]
     entry = torch.arange(k.shape[2], device=q.device)
     visible = (entry <= place) & ((entry < sink) | (entry > place - recent))
-    bias = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf"))
+    bias = torch.zeros(visible.shape, dtype=torch.float32, device=q.device).masked_fill_(~visible, float("-inf"))
     return attend(q, k, v, scale=scale, bias=bias[None, None], softcap=softcap)

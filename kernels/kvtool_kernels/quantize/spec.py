@@ -98,9 +98,9 @@ def coded(x: torch.Tensor, side: Side) -> Packed:
     fitting = (batch, heads, tokens, width // side.group)
     shape = (batch, heads, tokens // side.group, width) if per_group else static if side.code == "static" else fitting
     draw = torch.Generator().manual_seed(1)
-    scale = (torch.rand(shape, generator=draw) + 0.5).to(x.device, torch.float16)
+    scale = (torch.rand(shape, generator=draw, dtype=torch.float32) + 0.5).to(x.device, torch.float16)
     zero = None if side.code == "symmetric" else (scale * 0.1).to(torch.float16)
-    marks = torch.linspace(-3, 3, 2**side.bits, device=x.device)
+    marks = torch.linspace(-3, 3, 2**side.bits, dtype=torch.float32, device=x.device)
     levels = marks if side.code == "symmetric" else marks * marks.abs()  # the second unevenly spaced
     return quantize_levels(
         x, levels=levels, scale=scale, zero=zero, bits=side.bits, group=side.group, layout=side.layout

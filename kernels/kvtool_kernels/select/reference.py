@@ -44,5 +44,5 @@ def attend_selected(
     keys, values = (
         x.take_along_dim(place, 2) if x.shape[2] else x.new_zeros(*indices.shape, x.shape[3]) for x in (k, v)
     )
-    bias = torch.zeros(indices.shape, device=q.device).masked_fill_(indices < 0, float("-inf"))
+    bias = torch.zeros(indices.shape, dtype=torch.float32, device=q.device).masked_fill_(indices < 0, float("-inf"))
     return attend(q, keys, values, scale=scale, bias=bias.repeat_interleave(group, 1)[:, :, None], softcap=softcap)

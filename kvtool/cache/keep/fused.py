@@ -23,6 +23,7 @@ import torch
 from kvtool.cache.keep.selector import Selector
 from kvtool.cache.lane import Partial, Step
 from kvtool_kernels.ops import attend_evict
+from kvtool_kernels.scoring import Scoring
 
 NONE = torch.zeros(0, dtype=torch.long)
 
@@ -63,13 +64,15 @@ def turn(selector: Selector, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         low, high = (where.start, where.stop) if where.start < where.stop else (0, 1)
     view = selector.seen(q, NONE, k, v, step, {})
     join, blend = getattr(selector.merging, "join", None), getattr(selector.rule, "blend", None)
+    scoring = Scoring(
+        heat=spec.temperature + spec.warming * selector.turn, noise=() if blend else selector.rule.shift(view),
+        past=selector.past(), kernel=1 if spec.pool == "none" else spec.kernel, peak=spec.pool == "max",
+        group=spec.group, mix=blend(view) if blend else None, decay=spec.decay, largest=spec.reduce == "max",
+        alike=spec.alike,
+    )  # fmt: skip
     made, scores, _, near = attend_evict(
-        q, k, v, selector.running if selector.remembers else None, scale=step.scale, free=(low, high),
-        softcap=step.softcap, heat=spec.temperature + spec.warming * selector.turn,
-        noise=() if blend else selector.rule.shift(view), group=spec.group,
-        kernel=1 if spec.pool == "none" else spec.kernel, decay=spec.decay, largest=spec.reduce == "max",
-        alike=spec.alike, nearest=join is not None, mix=blend(view) if blend else None,
-        past=selector.past(), peak=spec.pool == "max",
+        q, k, v, selector.running if selector.remembers else None, scale=step.scale, softcap=step.softcap,
+        free=(low, high), scoring=scoring, nearest=join is not None,
     )  # fmt: skip
     if blend is not None:
         selector.memory["output"] = made[0]
