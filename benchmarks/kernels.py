@@ -47,7 +47,7 @@ def parity(device: str) -> int:
     for shape in quantize_spec.CASES:
         x, side = quantize_spec.inputs(shape, device=device), shape.side
         packed = quantize_spec.coded(x, side)
-        if side.code == "affine":
+        if side.code == "affine" and not side.outliers:
             made = ops.quantize(x, bits=side.bits, group=side.group, layout=side.layout)
             for actual, wanted in zip(made.tensors(), packed.tensors(), strict=True):
                 torch.testing.assert_close(actual, wanted, atol=0, rtol=0)

@@ -31,6 +31,11 @@ def test_rows_can_be_asked_for(name: str) -> None:
             statistic(needed)
 
 
+def test_what_is_timed_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    assert runpy.run_path(str(BENCHMARKS / "kernels.py"))["parity"]("cpu") > 100
+
+
 def test_titles_of_decode_steps_are_told_apart() -> None:
     groups = runpy.run_path(str(BENCHMARKS / "decode_cases.py"))["GROUPS"]
     titles = [title for cases in groups.values() for title in cases]
