@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kvtool.serving import Attention
+from kvtool_kernels.bias import hiding
 from kvtool_kernels.ops import attend
 
 
@@ -27,7 +28,7 @@ def plain(
     if call.window is not None and call.window < k.shape[2]:
         row, column = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
         hidden = (column <= row - call.window).to(q.device)
-        bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))[None, None]
+        bias = hiding(hidden)[None, None]
     out, lse = kernel(q, k, v, scale=call.scale, causal=True, bias=bias, softcap=call.softcap)
     return with_sink_logits(out, lse, call)
 

@@ -102,7 +102,8 @@ class Rotary:
     def rows(self, count: int, device: torch.device) -> Table:
         """(cos, sin) fp32 [count, width/2] of positions 0 … count − 1, once a pair."""
         if self.module is None:
-            return torch.ones(count, 0, device=device), torch.ones(count, 0, device=device)
+            nothing = torch.ones(count, 0, dtype=torch.float32, device=device)
+            return nothing, nothing
         held = None if self.tables is None else self.tables.get(self.kind)
         if held is None or len(held[0]) < count:
             table = self.table(torch.arange(count, device=device))

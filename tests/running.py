@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -11,6 +12,8 @@ from transformers.cache_utils import Cache
 from kvtool.cache.segment_cache import SegmentCache
 from kvtool.model import Model
 from kvtool.plan import Plan
+
+T = TypeVar("T")
 
 
 def feed(
@@ -25,6 +28,16 @@ def feed(
     """Logits [B,T,V] of ids [B,T], fed in `chunks`; mask [B,T] is 0 on left padding; positions start at `shift`."""
     with model.served(), torch.no_grad():
         return _feed(model, cache, ids, chunks, mask, shift)
+
+
+def by_default(dtype: torch.dtype, work: Callable[[], T]) -> T:
+    """What `work` returns where PyTorch makes tensors of this dtype if none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return work()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def own(

@@ -214,7 +214,7 @@ class Dense(Segment):
         """Entries that each one stands for, fp32 [B,K,S]."""
         assert self.k is not None
         if self.weight is None:
-            return torch.ones(*self.k.shape[:2], self.length, device=self.k.device)
+            return torch.ones(*self.k.shape[:2], self.length, dtype=torch.float32, device=self.k.device)
         return self.weight[:, :, : self.length, 0]
 
     def become(self, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor, *, count: bool) -> None:

@@ -16,6 +16,7 @@ from kvtool.cache.keep.mean import Mean
 from kvtool.cache.lane import Lane, Partial, Step, blank
 from kvtool.cache.segments import GROWTH, grown
 from kvtool.rotary import Rotary
+from kvtool_kernels.bias import hiding
 from kvtool_kernels.ops import attend, merge, streaming_prefill
 
 BLOCK = 256  # query rows per block in windowed prefill
@@ -106,7 +107,7 @@ class Window(Lane):
             return self._over(q, keys[:, :, :used], values[:, :, :used], self.fed - 1, step)
         k, v, first = self.recall()
         own = torch.arange(first, first + k.shape[2], device=q.device)
-        return attend(q, k, v, bias=_hide(own <= places[:, None] - self.model_window), **step.options)
+        return attend(q, k, v, bias=_hiding(own <= places[:, None] - self.model_window), **step.options)
 
     # many tokens: [sinks] and [recent entries in order, then the chunk], a block of query rows at a time
 
@@ -168,14 +169,14 @@ class Window(Lane):
                 if self.reindex is not None:
                     turned = self.reindex.move(block, own[None], self._inside(own, step)[None])
                     out = merge(
-                        attend(turned, *sinks, bias=_hide(sink_hidden), **step.options),
-                        attend(block, *recent, bias=_hide(hidden), **step.options),
+                        attend(turned, *sinks, bias=_hiding(sink_hidden), **step.options),
+                        attend(block, *recent, bias=_hiding(hidden), **step.options),
                     )
                 else:
                     both = [torch.cat(pair, dim=2) for pair in zip(sinks, recent, strict=True)]
-                    out = attend(block, *both, bias=_hide(torch.cat([sink_hidden, hidden], dim=-1)), **step.options)
+                    out = attend(block, *both, bias=_hiding(torch.cat([sink_hidden, hidden], dim=-1)), **step.options)
             else:
-                out = attend(block, *recent, bias=_hide(hidden), **step.options)
+                out = attend(block, *recent, bias=_hiding(hidden), **step.options)
             if trail is not None:
                 last = torch.arange(offset + low, offset + high, device=q.device) - reach
                 out = merge(out, trail.attend(block, last, step.scale, step.softcap))
@@ -267,6 +268,6 @@ class Window(Lane):
             self.mean.reorder(rows)
 
 
-def _hide(hidden: torch.Tensor) -> torch.Tensor:
+def _hiding(hidden: torch.Tensor) -> torch.Tensor:
     """bool [T,S], True = hidden → additive fp32 bias [1,1,T,S]."""
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))[None, None]
+    return hiding(hidden)[None, None]

@@ -48,11 +48,11 @@ def levels(counted: torch.Tensor, count: int) -> torch.Tensor:
     counted = counted[:, counted[0] > 0]
     size = counted.shape[1]
     if not size:
-        return torch.linspace(-1, 1, count)
+        return torch.linspace(-1, 1, count, dtype=torch.float32)
     first = torch.zeros(3, size + 1, dtype=torch.float64)  # sums of w, w·x and w·x² of all bins before one
     first[:, 1:] = torch.cat([counted, counted[1:].square() / counted[:1]]).cumsum(1)
     runs = min(count, size)
-    coarse = torch.linspace(0, size, min(CELLS, size) + 1).long()
+    coarse = torch.linspace(0, size, min(CELLS, size) + 1, dtype=torch.float32).long()
     borders = _borders(first, [coarse] * (runs - 1))
     for _ in range(ROUNDS):
         near = [(border + torch.arange(-NEAR, NEAR + 1)).clamp(0, size).unique() for border in borders]

@@ -203,7 +203,8 @@ class Encoding(Record):
             return steps[0].up, steps[0].mean
         rank = self.written(width)
         device = next((tensor.device for tensor in tensors_of(self)), None)
-        probes = torch.eye(rank + 1, rank, device=device).expand(1, kv_heads // self.joined, -1, -1)
+        probes = torch.eye(rank + 1, rank, dtype=torch.float32, device=device)
+        probes = probes.expand(1, kv_heads // self.joined, -1, -1)
         wide = Join(self.joined).forward(self._inverse(probes))[0]
         return wide[:, :rank] - wide[:, rank:], wide[:, rank]
 

@@ -161,7 +161,7 @@ class Ranges(Codec):
 
     def fit(self, z: torch.Tensor) -> Levels:
         low, high = z[0].amin(1).float(), z[0].amax(1).float()  # [K,r]
-        levels = torch.linspace(-1, 1, 2**self.bits)
+        levels = torch.linspace(-1, 1, 2**self.bits, dtype=torch.float32)
         return Levels(levels, 1, "channel", "fixed", (high - low) / 2, (high + low) / 2)
 
     def encode(self, z: torch.Tensor) -> Parts:

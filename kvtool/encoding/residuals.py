@@ -113,8 +113,9 @@ class ErrorBasis(Record):
         """error fp32 [B,K,S,r], S a multiple of `block` → the parts."""
         blocks = error.unflatten(2, (-1, self.block))  # [B,K,n,block,r]
         rank = min(self.rank, *blocks.shape[-2:])
-        start = torch.randn(blocks.shape[-1], rank, generator=torch.Generator().manual_seed(0)).to(error)
-        right = start.expand(*blocks.shape[:3], -1, -1)
+        draw = torch.Generator().manual_seed(0)
+        start = torch.randn(blocks.shape[-1], rank, generator=draw, dtype=torch.float32)
+        right = start.to(error).expand(*blocks.shape[:3], -1, -1)
         size = blocks.abs().amax((-2, -1), keepdim=True) if blocks.numel() else 1.0
         unit = blocks / (size + torch.finfo(torch.float32).tiny)  # squares neither overflow nor vanish
         for _ in range(self.loops):

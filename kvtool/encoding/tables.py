@@ -17,7 +17,7 @@ def normal(bits: int) -> torch.Tensor:
 
     Each level is the mean of what lies nearest to it; the table is odd, so half of it is solved for.
     """
-    upper = torch.tensor(_upper(bits))
+    upper = torch.tensor(_upper(bits), dtype=torch.float32)
     return torch.cat([-upper.flip(0), upper]).float()
 
 
@@ -34,7 +34,7 @@ def quarter(bits: int, channels: int) -> torch.Tensor:
         borders = np.searchsorted(angles, (levels[1:] + levels[:-1]) / 2)
         at = np.concatenate([[0], borders, [GRID]])
         levels = np.diff(moment[at]) / np.diff(below[at])
-    return torch.tensor(levels).float()
+    return torch.tensor(levels, dtype=torch.float32)
 
 
 @functools.cache

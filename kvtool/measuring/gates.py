@@ -23,6 +23,7 @@ from kvtool import plan
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.serving import Attention, Layer
+from kvtool_kernels.bias import hiding
 from kvtool_kernels.ops import attend
 
 BLOCK = 128  # query rows per block of windowed attention
@@ -179,7 +180,7 @@ def windowed(
         ],
         dim=-1,
     )
-    bias = torch.zeros(visible.shape, device=q.device, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+    bias = hiding(~visible).to(q)
     group = q.shape[1] // k.shape[1]
     out = functional.scaled_dot_product_attention(
         queries,

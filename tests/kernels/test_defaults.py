@@ -11,6 +11,7 @@ import torch
 
 from kvtool_kernels import ops
 from kvtool_kernels.quantize import spec as quantizing
+from tests.running import by_default
 from tests.tolerance import same
 
 OPERATIONS = {
@@ -30,18 +31,9 @@ def tensors(x: Any) -> Iterator[torch.Tensor]:
         yield from tensors(list(vars(x).values()))
 
 
-def by_default(dtype: torch.dtype, operation: Callable[[], Any]) -> list[torch.Tensor]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return list(tensors(operation()))
-    finally:
-        torch.set_default_dtype(before)
-
-
 def agree(make: Callable[[], Callable[[], Any]]) -> None:
     """The operation that is made does the same with either default."""
-    found = [by_default(dtype, make()) for dtype in (torch.float32, torch.bfloat16)]
+    found = [list(tensors(by_default(dtype, make()))) for dtype in (torch.float32, torch.bfloat16)]
     assert found[0]
     for mine, other in zip(*found, strict=True):
         same(mine, other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvtool import registry
 from kvtool.cache.segment_cache import SegmentCache
@@ -12,7 +13,7 @@ from kvtool.model import Model
 from tests import models
 from tests.laws.methods import ROWS, TINY, places, plan, tiny, trace
 from tests.models import random_ids
-from tests.running import feed
+from tests.running import by_default, feed
 from tests.tolerance import same
 
 
@@ -36,6 +37,10 @@ def test_the_same_trace_file_twice(tmp_path: Path) -> None:
 
 @places(TINY)
 def test_the_same_logits_twice(case: str, model: Model) -> None:
-    ids = random_ids(2, 25, seed=12)
-    first, second = (feed(model, SegmentCache(model, tiny(case, model.name)), ids, [20, *[1] * 5]) for _ in range(2))
+    """The second time with another default dtype, which is the caller's affair."""
+    ids, made = random_ids(2, 25, seed=12), tiny(case, model.name)
+    first, second = (
+        by_default(dtype, lambda: feed(model, SegmentCache(model, made), ids, [20, *[1] * 5]))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     same(first, second)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from kvtool_kernels.bias import hiding
+
 
 @dataclass(frozen=True)
 class Case:
@@ -87,4 +89,4 @@ def _bias(case: Case, draw: torch.Generator, device: str) -> torch.Tensor | None
     }[case.hide]()
     if hidden is None:
         return None
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(device)
+    return hiding(hidden).to(device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from kvtool_kernels.attend.reference import attend
+from kvtool_kernels.bias import hiding
 
 
 def streaming_prefill(
@@ -29,5 +30,5 @@ def streaming_prefill(
     place = start + torch.arange(q.shape[2], device=q.device)[:, None]
     entry = torch.arange(k.shape[2], device=q.device)
     visible = (entry <= place) & ((entry < sink) | (entry > place - recent))
-    bias = torch.zeros(visible.shape, dtype=torch.float32, device=q.device).masked_fill_(~visible, float("-inf"))
+    bias = hiding(~visible)
     return attend(q, k, v, scale=scale, bias=bias[None, None], softcap=softcap)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from kvtool_kernels.attend.reference import attend
+from kvtool_kernels.bias import hiding
 from kvtool_kernels.precision import wide
 
 
@@ -44,5 +45,5 @@ def attend_selected(
     keys, values = (
         x.take_along_dim(place, 2) if x.shape[2] else x.new_zeros(*indices.shape, x.shape[3]) for x in (k, v)
     )
-    bias = torch.zeros(indices.shape, dtype=torch.float32, device=q.device).masked_fill_(indices < 0, float("-inf"))
+    bias = hiding(indices < 0)
     return attend(q, keys, values, scale=scale, bias=bias.repeat_interleave(group, 1)[:, :, None], softcap=softcap)

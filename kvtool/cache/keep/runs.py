@@ -40,7 +40,7 @@ def needed(linked: torch.Tensor, count: int) -> torch.Tensor:
     """fp32 [B,K]: the ε that leaves `count` runs."""
     excess = linked.shape[-1] + 1 - count
     if excess <= 0:
-        return torch.ones(linked.shape[:2])
+        return torch.ones(linked.shape[:2], dtype=torch.float32)
     return linked.sort(dim=-1, descending=True).values[..., excess - 1].float()
 
 

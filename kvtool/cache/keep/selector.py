@@ -144,7 +144,7 @@ class Selector:
     def scores(self, view: View) -> torch.Tensor:
         """Scores of the entries in view per KV head, [B,K,S], old scores included."""
         if self._idle:
-            return torch.zeros(1, device=view.k.device).expand(view.k.shape[:3])
+            return torch.zeros(1, dtype=torch.float32, device=view.k.device).expand(view.k.shape[:3])
         if self.rule.SEES == "own" or self.spec.on_trial:
             assert self.running is not None
             new = self.running

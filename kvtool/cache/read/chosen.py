@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kvtool_kernels.bias import hiding
 from kvtool_kernels.ops import attend
 
 
@@ -55,7 +56,7 @@ class Chosen:
             hidden = far < 0
             if bool(hidden.any()):
                 wide = torch.nn.functional.pad(hidden, (0, k.shape[2] - block.near))
-                bias = torch.zeros(wide.shape, device=q.device).masked_fill_(wide, float("-inf"))[:, :, None]
+                bias = hiding(wide)[:, :, None]
         return attend(rows, near_k, near_v, causal=True, bias=bias, **options)
 
     def _own(self, index: torch.Tensor, places: list[int]) -> torch.Tensor:

@@ -25,6 +25,7 @@ from kvtool.cache.read.credits import Credits
 from kvtool.cache.segments import Dense, Segment
 from kvtool.cache.share.shared import Shared
 from kvtool.slots import Read
+from kvtool_kernels.bias import hiding
 from kvtool_kernels.ops import attend, merge
 
 
@@ -161,7 +162,7 @@ class Reader(Choosing):
             self.fetched = ()
         hidden, bias = read < 0, None
         if (self.spec.jump is not None or self.cuts is not None) and bool(hidden.any()):
-            bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
+            bias = hiding(hidden)
             bias = bias.repeat_interleave(self.units.grain, 3).reshape(len(k), 1, 1, -1)
         out, lse = attend(q.reshape(len(k), -1, 1, q.shape[-1]), k, v, bias=bias, **step.options)
         return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])

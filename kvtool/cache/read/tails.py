@@ -44,7 +44,7 @@ def estimate(logits: torch.Tensor, unread: torch.Tensor, values: Sequence[torch.
     weights = logits + unread.to(logits.dtype).log()
     lse = torch.logsumexp(weights, -1)
     shares = torch.exp(weights - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    out, first = torch.zeros((), device=logits.device), 0
+    out, first = torch.zeros((), dtype=torch.float32, device=logits.device), 0
     for value in values:
         value = value.to(logits.dtype)
         mine = shares[..., first : first + value.shape[2]]

@@ -76,7 +76,7 @@ def _map(encoding: Encoding, heads: int, width: int, device: torch.device) -> Ma
     matrix, offset = encoding.back(heads, width)
     rank = encoding.written(width)
     if matrix is None and rank % BYTE:  # codes are wider than what they stand for
-        matrix = torch.eye(rank)[None]
+        matrix = torch.eye(rank, dtype=torch.float32)[None]
     return None if matrix is None else matrix.to(device), None if offset is None else offset.to(device)
 
 

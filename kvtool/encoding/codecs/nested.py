@@ -68,5 +68,6 @@ class Nested(Codec):
     def _cells(self, level: int, count: int) -> Levels:
         """What codes of `count` angles of a level stand for."""
         bits = self.bits[level]
-        even = (2 * torch.arange(2**bits) + 1) * (math.pi / 2**bits)
-        return Levels(even if not level else quarter(bits, 2**level), 1, "channel", "fixed", torch.ones(1, count))
+        even = (2 * torch.arange(2**bits, dtype=torch.float32) + 1) * (math.pi / 2**bits)
+        levels, gains = even if not level else quarter(bits, 2**level), torch.ones(1, count, dtype=torch.float32)
+        return Levels(levels, 1, "channel", "fixed", gains)

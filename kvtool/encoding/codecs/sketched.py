@@ -11,7 +11,8 @@ from kvtool.encoding.codecs._base import Codec, Parts, named, parts_of
 from kvtool.encoding.codecs.levels import Levels
 from kvtool.errors import InputError
 
-SIGNS = torch.tensor([-1.0, 1.0]) * math.sqrt(math.pi / 2)  # times ‖x‖, over the rows of a sketch: q·x̂ is unbiased
+ROOT = math.sqrt(math.pi / 2)
+SIGNS = torch.tensor([-ROOT, ROOT], dtype=torch.float32)  # times ‖x‖, over the rows of a sketch: q·x̂ is unbiased
 
 
 def signs(rows: int) -> Levels:

@@ -54,7 +54,7 @@ def preference(group: list[Ballot]) -> float:
 def spread(ballot: Ballot) -> tuple[float, float]:
     """(H, V) of one lane: entropy in nats, and unbiased variance over the observed queries."""
     entropy, count = 0.0, len(ballot.view.rows)
-    total = squares = torch.zeros(())
+    total = squares = torch.zeros((), dtype=torch.float32)
     for _, p in probabilities(ballot.view):
         a = p[..., ballot.free].double()
         entropy -= float((a * (a + TINY).log()).sum())

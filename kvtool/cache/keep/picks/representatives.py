@@ -44,7 +44,7 @@ def distances(choice: Choice) -> torch.Tensor:
             "alternate": torch.arange(heads) % 2 == 1,
             "zeros": torch.zeros(heads, dtype=torch.bool),
             "ones": torch.ones(heads, dtype=torch.bool),
-            "random": torch.rand(heads, generator=draw) < 0.5,
+            "random": torch.rand(heads, generator=draw, dtype=torch.float32) < 0.5,
         }[name].to(bits.device)[None]
     return (bits != anchor[..., None]).sum(1)
 
@@ -59,4 +59,4 @@ def spaced(left: int, count: int, spacing: str) -> torch.Tensor:
     """`count` ranks among `left`."""
     if spacing == "step":
         return torch.arange(count) * max(1, left // count)
-    return torch.linspace(0, left - 1, count).round().long()
+    return torch.linspace(0, left - 1, count, dtype=torch.float32).round().long()

@@ -15,4 +15,4 @@ SEES = "queries"
 
 
 def score(view: View) -> torch.Tensor:
-    return reduced(view, ((p >= 1 / (rows[:, None] + 1)).to(p.dtype) for rows, p in visible(view)))
+    return reduced(view, ((p >= 1 / (rows[:, None] + 1).to(p.dtype)).to(p.dtype) for rows, p in visible(view)))

@@ -19,7 +19,7 @@ from kvtool.cache.keep.scores._base import Noise, View, paid
 
 SEES = "queries"
 ALL = 2**64 - 1
-TABLE = -torch.empty(2**21).exponential_(generator=torch.Generator().manual_seed(0)).log_()
+TABLE = -torch.empty(2**21, dtype=torch.float32).exponential_(generator=torch.Generator().manual_seed(0)).log_()
 
 
 def score(view: View) -> torch.Tensor:

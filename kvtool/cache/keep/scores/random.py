@@ -10,5 +10,5 @@ SEES = "entries"
 
 
 def score(view: View) -> torch.Tensor:
-    each = [torch.rand(view.k.shape[2], generator=draw) for draw in view.draws()]
+    each = [torch.rand(view.k.shape[2], generator=draw, dtype=torch.float32) for draw in view.draws()]
     return torch.stack(each).expand(view.k.shape[:3]).to(view.k.device)

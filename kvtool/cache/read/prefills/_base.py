@@ -23,7 +23,7 @@ from kvtool.cache.lane import Step
 from kvtool.rotary import Rotary
 from kvtool.slots import Prefill, Select
 
-ASKED = Select(torch.ones(1, 1), reduce="sum")  # plain softmax, summed over queries
+ASKED = Select(torch.ones(1, 1, dtype=torch.float32), reduce="sum")  # plain softmax, summed over queries
 
 
 @dataclass(frozen=True)
