@@ -47,8 +47,13 @@ class Plan:
     @property
     def dense(self) -> bool:
         """Does every layer see a prompt that is fed at once whole?"""
-        kept = self.keep is None or not (bool(self.keep.gone.any()) or self.keep.leaving)
-        return kept and (self.read is None or not self.read.sparse)
+        return not self.at_once and (self.keep is None or not bool(self.keep.gone.any()))
+
+    @property
+    def at_once(self) -> bool:
+        """Is a prompt to be fed at once, since what is read of it, or how far its tokens go, hangs on all of it?"""
+        going = self.keep is not None and self.keep.leaving
+        return going or (self.read is not None and self.read.sparse)
 
     @property
     def foretold(self) -> bool:

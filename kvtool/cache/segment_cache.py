@@ -140,9 +140,8 @@ class SegmentCache(Session):
 
     @property
     def at_once(self) -> bool:
-        """Is a prompt to be fed at once, since its queries choose what they read by what all of it looks at?"""
-        read = None if self.plan is None else self.plan.read
-        return self.protocol == "official" and read is not None and read.sparse
+        """Is a prompt to be fed at once, as the plan wants it? Under the protocol strict chunks are chunks."""
+        return self.protocol == "official" and self.plan is not None and self.plan.at_once
 
     @property
     def single(self) -> bool:

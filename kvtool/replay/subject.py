@@ -24,7 +24,7 @@ SIDES = ("full", "plan")
 @dataclass(frozen=True)
 class Subject:
     """A model, a plan, and how prompts are fed. `chunk` is the prefill chunk in tokens, 0 for the whole prompt at
-    once, as plans whose prompts are read sparsely always are."""
+    once, as it always is under plans that ask for that (`Plan.at_once`)."""
 
     model: Model
     plan: Plan

@@ -18,6 +18,7 @@ from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
+from kvtool.replay.subject import Subject
 from kvtool.slots import Keep, Select, Store
 from tests import models
 from tests.laws.test_served import state
@@ -238,6 +239,14 @@ def test_a_prompt_in_chunks_is_refused() -> None:
     cache.finish()
     feed(model, cache, ids[:, 12:], [12], shift=12)
     assert cache.entries()[:, 0].tolist() == [24, 18, 15]  # what follows goes through all layers
+
+
+def test_whoever_chunks_prompts_feeds_these_at_once() -> None:
+    model, ids = models.shared("llama"), random_ids(1, 24, seed=9)
+    subject = Subject(model, going(model, 1.0, 0.5, 0.2), chunk=7)
+    cache = subject.both(ids)["plan"]
+    assert cache.entries()[:, 0].tolist() == [24, 12, 5]
+    assert not SegmentCache(model, going(model, 1.0, 1.0, 1.0)).at_once
 
 
 def test_what_it_cannot_do_is_refused() -> None:

@@ -20,6 +20,7 @@ from kvtool.compare.run import Race, Rules, key
 from kvtool.model import Model
 from kvtool.plan import Plan
 from kvtool.replay.verdict import task
+from tests.cache.test_onward import going
 from tests.replay.conftest import windowed
 from tests.tolerance import close
 
@@ -206,10 +207,11 @@ def entrant(name: str, model: Model, **values: Any) -> Entrant:
     return Entrant(Cell(name, "method"), calibrate(name, values, model=model), identity=name)
 
 
-def test_a_prompt_that_is_read_sparsely_is_fed_at_once(race: Start, made: list[Prompt], model: Model) -> None:
-    """So that no pattern is chosen by the queries of a chunk alone."""
+def test_a_prompt_that_wants_it_is_fed_at_once(race: Start, made: list[Prompt], model: Model) -> None:
+    """So that no pattern is chosen by the queries of a chunk alone, and no token sent on by them."""
     each = [entrant("zipvl", model, tau=0.5, prefill="sparse", block=16, local=4),
-            entrant("dhsa", model, mode="vertical-slash", budget=0.2, block=16, local=4, dense=4)]  # fmt: skip
+            entrant("dhsa", model, mode="vertical-slash", budget=0.2, block=16, local=4, dense=4),
+            Entrant(Cell("going", "method"), going(model, 1.0, 0.5), identity="going")]  # fmt: skip
     found = []
     for chunk in (0, 37):
         started = race(f"chunk{chunk}", entrants=each, chunk=chunk, steps=0)
