@@ -24,6 +24,7 @@ from kvtool_kernels.precision import wide
 Table = tuple[torch.Tensor, torch.Tensor]
 Tables = dict[tuple[object, ...], Table]
 FAR = 2**22  # tokens that no text has
+SHARED = 64  # tables that layers share at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Rotary:
     width: int  # how many of the head's first channels are rotated
     interleaved: bool
     doubled: bool = False  # the module gives each angle once (GPT-OSS), not once a channel
-    tables: Tables | None = field(default=None, compare=False, repr=False)  # `rows` by kind, for whoever shares them
+    tables: Tables | None = field(default=None, compare=False, repr=False)  # by kind, and place, for who shares them
     steady: int | None = None  # up to how many tokens angles belong to positions alone; None: always
     short: dict[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)  # the module's buffers then
 
@@ -134,10 +135,23 @@ class Rotary:
 
     def move(self, x: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """x [B,H,T,D] rotated for positions `source` [B,T] → rotated for positions `target` [B,T]."""
-        before, after = self.table(source), self.table(target)
+        before, after = self._near(source), self._near(target)
         if before is None or after is None:
             return x
         return self.rotate(self.unrotate(x, _over_heads(before)), _over_heads(after))
+
+    def _near(self, positions: torch.Tensor) -> Table | None:
+        """As `table`; of one position it is computed once for all layers that share tables."""
+        if self.module is None or self.tables is None or positions.numel() != 1 or positions.is_cuda:
+            return self.table(positions)
+        name = (*self.kind, int(positions))
+        if name not in self.tables:
+            if len(self.tables) >= SHARED:  # nobody clears them where another cache is fed than the one they are of
+                self.tables.clear()
+            made = self.table(positions)
+            assert made is not None
+            self.tables[name] = made
+        return self.tables[name]
 
     def magnitude(self, x: torch.Tensor) -> torch.Tensor:
         """|x| [..., D] by channel; of the rotated ones the length of their pair, which rotation leaves as it is."""

@@ -10,6 +10,7 @@ from kvtool.encoding.encoding import Encoding
 from kvtool.errors import InputError
 from kvtool.model import Model
 from kvtool.plan import Plan
+from kvtool.rotary import SHARED, Rotary
 from kvtool.slots import Keep, Store
 from tests import models
 from tests.models import LONG, STRETCHED, random_ids
@@ -89,3 +90,16 @@ def test_keys_of_a_text_that_is_fed_at_once(name: str) -> None:
     keys = next(cache.segments[0].lanes()).recall()[0]
     bare = rotary.unrotate(keys, rotary.table(torch.arange(2 * LONG), at_once=True))
     close(bare, bare[:, :, :1].expand_as(bare))
+
+
+def test_layers_turn_a_step_by_tables_that_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = models.shared("llama"), []
+    cache, ids = SegmentCache(model, reindexed(model)), random_ids(1, 40, seed=1)
+    feed(model, cache, ids[:, :32], [30, 1, 1])
+    angles = Rotary._angles
+    monkeypatch.setattr(Rotary, "_angles", lambda self, positions: calls.append(1) or angles(self, positions))
+    feed(model, cache, ids[:, 32:], [1] * 8, shift=32)
+    assert len(calls) == 8 * 2 < 8 * 2 * model.geometry.layers  # from where the query stands, to where it would
+    branch = SegmentCache(model, cache.plan, prefix=cache)
+    feed(model, branch, random_ids(1, 100, seed=2), [1] * 100, shift=40)
+    assert 0 < len(cache.board.tables) <= SHARED  # which nobody clears now

@@ -105,7 +105,7 @@ def _lane(
         turn = plan is not None and plan.keep is not None and plan.keep.position == "reindex"
         return Window(
             heads, sink=sink, recent=recent, compensate=compensate, model_window=window,
-            reindex=model.rotary(layer) if turn else None,
+            reindex=place.board.rotary(model.rotary(layer)) if turn else None,
         )  # fmt: skip
     if plan is None:
         return Bulk(heads)
