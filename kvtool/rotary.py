@@ -24,7 +24,6 @@ from kvtool_kernels.precision import wide
 Table = tuple[torch.Tensor, torch.Tensor]
 Tables = dict[tuple[object, ...], Table]
 FAR = 2**22  # tokens that no text has
-SHARED = 64  # tables that layers share at once
 
 
 @dataclass(frozen=True)
@@ -145,13 +144,10 @@ class Rotary:
         if self.module is None or self.tables is None or positions.numel() != 1 or positions.is_cuda:
             return self.table(positions)
         name = (*self.kind, int(positions))
-        if name not in self.tables:
-            if len(self.tables) >= SHARED:  # nobody clears them where another cache is fed than the one they are of
-                self.tables.clear()
-            made = self.table(positions)
-            assert made is not None
+        made = self.tables.get(name) or self.table(positions)
+        if made is not None:
             self.tables[name] = made
-        return self.tables[name]
+        return made
 
     def magnitude(self, x: torch.Tensor) -> torch.Tensor:
         """|x| [..., D] by channel; of the rotated ones the length of their pair, which rotation leaves as it is."""

@@ -168,7 +168,6 @@ class Bulk(Ordered):
         return made
 
     def meet(self, board: Board) -> None:
-        """From now on, tell other layers of the same cache, and be told by them, here."""
         if self.reader is not None:
             self.reader.place = replace(self.reader.place, board=board)
 

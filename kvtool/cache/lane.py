@@ -18,6 +18,7 @@ import torch
 from kvtool_kernels.precision import wider
 
 if TYPE_CHECKING:
+    from kvtool.cache.read.board import Board
     from kvtool.cache.read.chosen import Chosen
 
 Partial = tuple[torch.Tensor, torch.Tensor]
@@ -120,6 +121,10 @@ class Lane(ABC):
     def branch(self) -> Lane:
         """A lane that goes on from here and leaves this one alone. What no later token changes is shared between the
         two, and between all rows of the new one."""
+
+    @abstractmethod
+    def meet(self, board: Board) -> None:
+        """From now on, what the layers of a cache share and tell each other is here."""
 
     def aside(self) -> Lane:
         """The same entries for one more cache to read: what a lane remembers of those who read it is each one's own."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from kvtool.cache.lane import Lane, Partial, Step, blank
+from kvtool.cache.read.board import Board
 
 
 class Nothing(Lane):
@@ -32,6 +33,9 @@ class Nothing(Lane):
 
     def branch(self) -> Nothing:
         return self
+
+    def meet(self, board: Board) -> None:
+        """It shares nothing."""
 
     def recall(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         raise AssertionError("nobody goes on from a layer that holds nothing")

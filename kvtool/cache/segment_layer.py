@@ -195,8 +195,7 @@ class SegmentLayer(Batched):
         (theirs,) = other.parts
         part = Part([0], 0, [lane.branch() for lane in theirs.lanes])
         for lane in part.lanes:
-            if isinstance(lane, Bulk):
-                lane.meet(board)
+            lane.meet(board)
         part.fed, part.origin = theirs.fed, theirs.origin
         self.parts, self.columns, self.prefix = [part], other.columns, other.columns
         self.inserted = list(other.inserted)

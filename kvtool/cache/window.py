@@ -14,6 +14,7 @@ import torch
 
 from kvtool.cache.keep.mean import Mean
 from kvtool.cache.lane import Lane, Partial, Step, blank
+from kvtool.cache.read.board import Board
 from kvtool.cache.segments import GROWTH, grown
 from kvtool.rotary import Rotary
 from kvtool_kernels.bias import hiding
@@ -260,6 +261,9 @@ class Window(Lane):
         if self.keys is not None and self.values is not None:
             made.keys, made.values = self.keys.clone(), self.values.clone()
         return made
+
+    def meet(self, board: Board) -> None:
+        self.reindex = None if self.reindex is None else board.rotary(self.reindex)
 
     def reorder(self, rows: torch.Tensor) -> None:
         if self.keys is not None and self.values is not None:

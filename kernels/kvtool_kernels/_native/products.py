@@ -9,19 +9,8 @@ import numba
 from numba import float32
 
 from kvtool_kernels._native.record import FP32, LANES
-from kvtool_kernels._native.simd import (
-    add_inners,
-    add_outer,
-    fma,
-    load,
-    put_totals,
-    read,
-    splat,
-    store,
-    total,
-    write,
-    zeros,
-)
+from kvtool_kernels._native.simd import fma, load, read, splat, store, total, write
+from kvtool_kernels._native.sums import add_inners, add_outer, put_totals, zeros
 from kvtool_kernels._native.tile import inner_loop
 
 # Are there registers for LANES sums of LANES numbers? Where Numba is told to compile for another processor: no.

@@ -18,11 +18,11 @@ from numba.core.extending import intrinsic, register_model
 
 LANES = 16
 FP32, FP16, BF16 = 0, 1, 2
-_FLOAT = ir.FloatType()
-_BYTE, _SHORT, _INT, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_SIZES = {_BYTE: 1, _SHORT: 2, _FLOAT: 4, _LONG: 8}
-_Builder: TypeAlias = ir.IRBuilder
-_operation: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
+FLOAT = ir.FloatType()
+_BYTE, _SHORT, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_SIZES = {_BYTE: 1, _SHORT: 2, FLOAT: 4, LONG: 8}
+Builder: TypeAlias = ir.IRBuilder
+operation: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
 
 
 class Vector(types.Type):
@@ -36,38 +36,38 @@ class Vector(types.Type):
 @register_model(Vector)
 class _VectorModel(PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector) -> None:
-        super().__init__(manager, kind, ir.VectorType(_FLOAT, kind.lanes))
+        super().__init__(manager, kind, ir.VectorType(FLOAT, kind.lanes))
 
 
 WIDE = Vector(LANES)
-WIDE_TYPE = ir.VectorType(_FLOAT, LANES)
+WIDE_TYPE = ir.VectorType(FLOAT, LANES)
 
 
 def _constant(value: float, like: ir.Type) -> ir.Value:
     return ir.Constant(like, [value] * like.count)
 
 
-def _splat(builder: _Builder, value: ir.Value, lanes: int) -> ir.Value:
+def everywhere(builder: Builder, value: ir.Value, lanes: int) -> ir.Value:
     kind = ir.VectorType(value.type, lanes)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_INT, lanes), [0] * lanes))
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
 
 
-def _at(builder: _Builder, address: ir.Value, index: ir.Value, element: ir.Type, kind: ir.Type) -> ir.Value:
+def pointer_to(builder: Builder, address: ir.Value, index: ir.Value, element: ir.Type, kind: ir.Type) -> ir.Value:
     """Pointer to a `kind` that starts at element `index`."""
-    return builder.inttoptr(builder.add(address, builder.mul(index, _LONG(_SIZES[element]))), kind.as_pointer())
+    return builder.inttoptr(builder.add(address, builder.mul(index, LONG(_SIZES[element]))), kind.as_pointer())
 
 
-def _call(builder: _Builder, name: str, result: ir.Type, *values: ir.Value, flags: tuple[str, ...] = ()) -> ir.Value:
+def _call(builder: Builder, name: str, result: ir.Type, *values: ir.Value, flags: tuple[str, ...] = ()) -> ir.Value:
     kind = ir.FunctionType(result, [value.type for value in values])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values, fastmath=flags)
 
 
-def _fma(builder: _Builder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def multiply_add(builder: Builder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     return _call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
-def _half(builder: _Builder, bits: ir.Value, wide: ir.Type, result: ir.Type) -> ir.Value:
+def _half(builder: Builder, bits: ir.Value, wide: ir.Type, result: ir.Type) -> ir.Value:
     """The bits of fp16 as fp32, without the conversion that not every processor has: move the exponent, rescale it."""
     magnitude = builder.shl(builder.and_(bits, _constant(0x7FFF, wide)), _constant(13, wide))
     scaled = builder.fmul(builder.bitcast(magnitude, result), _constant(2.0**112, result))
@@ -77,16 +77,16 @@ def _half(builder: _Builder, bits: ir.Value, wide: ir.Type, result: ir.Type) -> 
     return builder.bitcast(builder.or_(builder.or_(builder.bitcast(scaled, wide), exponent), sign), result)
 
 
-@_operation
+@operation
 def load(typing: Any, kind: Any, lanes: Any, address: Any, index: Any) -> Any:
     """`lanes` numbers from `index` on, as fp32; `kind` is FP32, FP16 or BF16."""
     vector, dtype = Vector(lanes.literal_value), kind.literal_value
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        result, wide = ir.VectorType(_FLOAT, vector.lanes), ir.VectorType(_INT, vector.lanes)
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        result, wide = ir.VectorType(FLOAT, vector.lanes), ir.VectorType(INT, vector.lanes)
         if dtype == FP32:
-            return builder.load(_at(builder, given[2], given[3], _FLOAT, result), align=4)
-        short = _at(builder, given[2], given[3], _SHORT, ir.VectorType(_SHORT, vector.lanes))
+            return builder.load(pointer_to(builder, given[2], given[3], FLOAT, result), align=4)
+        short = pointer_to(builder, given[2], given[3], _SHORT, ir.VectorType(_SHORT, vector.lanes))
         bits = builder.zext(builder.load(short, align=2), wide)
         if dtype == BF16:
             return builder.bitcast(builder.shl(bits, _constant(16, wide)), result)
@@ -95,18 +95,18 @@ def load(typing: Any, kind: Any, lanes: Any, address: Any, index: Any) -> Any:
     return vector(kind, lanes, address, index), generate
 
 
-@_operation
+@operation
 def codes(typing: Any, span: Any, power: Any, address: Any, index: Any, part: Any) -> Any:
     """A vector of `power`-bit codes as fp32: lane l is part `part` + l // span of byte `index` + l % span."""
     reach, bits = span.literal_value, power.literal_value
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
         _, _, address, index, part = given
-        wide, few = ir.VectorType(_INT, LANES), ir.VectorType(_BYTE, reach)
-        read = builder.load(_at(builder, address, index, _BYTE, few), align=1)
+        wide, few = ir.VectorType(INT, LANES), ir.VectorType(_BYTE, reach)
+        read = builder.load(pointer_to(builder, address, index, _BYTE, few), align=1)
         if reach < LANES:
             read = builder.shuffle_vector(read, read, ir.Constant(wide, [lane % reach for lane in range(LANES)]))
-        first = _splat(builder, builder.mul(builder.trunc(part, _INT), _INT(bits)), LANES)
+        first = everywhere(builder, builder.mul(builder.trunc(part, INT), INT(bits)), LANES)
         places = builder.add(first, ir.Constant(wide, [lane // reach * bits for lane in range(LANES)]))
         code = builder.and_(builder.lshr(builder.zext(read, wide), places), _constant((1 << bits) - 1, wide))
         return builder.sitofp(code, WIDE_TYPE)
@@ -114,115 +114,115 @@ def codes(typing: Any, span: Any, power: Any, address: Any, index: Any, part: An
     return WIDE(span, power, address, index, part), generate
 
 
-@_operation
+@operation
 def splat(typing: Any, lanes: Any, value: Any) -> Any:
     """One number in every lane."""
     kind = Vector(lanes.literal_value)
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return _splat(builder, given[1], kind.lanes)
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        return everywhere(builder, given[1], kind.lanes)
 
     return kind(lanes, types.float32), generate
 
 
-@_operation
+@operation
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return _fma(builder, *given)
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        return multiply_add(builder, *given)
 
     return a(a, b, c), generate
 
 
-@_operation
+@operation
 def larger(typing: Any, a: Any, b: Any) -> Any:
     """max(a, b) by lane."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
         return _call(builder, f"llvm.maxnum.v{a.lanes}f32", given[0].type, *given)
 
     return a(a, b), generate
 
 
-@_operation
+@operation
 def minimum(typing: Any, a: Any, b: Any) -> Any:
     """min(a, b) by lane; NaN if one of them is."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
         return _call(builder, f"llvm.minimum.v{a.lanes}f32", given[0].type, *given, flags=("nsz",))
 
     return a(a, b), generate
 
 
-@_operation
+@operation
 def maximum(typing: Any, a: Any, b: Any) -> Any:
     """max(a, b) by lane; NaN if one of them is."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
         return _call(builder, f"llvm.maximum.v{a.lanes}f32", given[0].type, *given, flags=("nsz",))
 
     return a(a, b), generate
 
 
-@_operation
+@operation
 def divide(typing: Any, a: Any, b: Any) -> Any:
     """a / b by lane."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
         return builder.fdiv(*given)
 
     return a(a, b), generate
 
 
-@_operation
+@operation
 def store(typing: Any, address: Any, index: Any, vector: Any) -> Any:
     """Write a vector at `index`."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
-        builder.store(given[2], _at(builder, given[0], given[1], _FLOAT, given[2].type), align=4)
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> Any:
+        builder.store(given[2], pointer_to(builder, given[0], given[1], FLOAT, given[2].type), align=4)
         return context.get_dummy_value()
 
     return types.void(address, index, vector), generate
 
 
-@_operation
+@operation
 def read(typing: Any, address: Any, index: Any) -> Any:
     """The fp32 number at `index`."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return builder.load(_at(builder, given[0], given[1], _FLOAT, _FLOAT))
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        return builder.load(pointer_to(builder, given[0], given[1], FLOAT, FLOAT))
 
     return types.float32(address, index), generate
 
 
-@_operation
+@operation
 def write(typing: Any, address: Any, index: Any, value: Any) -> Any:
     """Write one fp32 number at `index`."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
-        builder.store(given[2], _at(builder, given[0], given[1], _FLOAT, _FLOAT))
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> Any:
+        builder.store(given[2], pointer_to(builder, given[0], given[1], FLOAT, FLOAT))
         return context.get_dummy_value()
 
     return types.void(address, index, types.float32), generate
 
 
-@_operation
+@operation
 def field(typing: Any, address: Any, index: Any) -> Any:
     """The int64 at `index`."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return builder.load(_at(builder, given[0], given[1], _LONG, _LONG))
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        return builder.load(pointer_to(builder, given[0], given[1], LONG, LONG))
 
     return types.int64(address, index), generate
 
 
-@_operation
+@operation
 def invoke(typing: Any, function: Any, whole: Any, fraction: Any) -> Any:
     """Call the function at an address with a tuple of int64 and one fp32; it returns nothing."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_LONG] * whole.count + [_FLOAT])
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [LONG] * whole.count + [FLOAT])
         numbers = [builder.extract_value(given[1], index) for index in range(whole.count)]
         builder.call(builder.inttoptr(given[0], kind.as_pointer()), [*numbers, given[2]])
         return context.get_dummy_value()
@@ -230,172 +230,73 @@ def invoke(typing: Any, function: Any, whole: Any, fraction: Any) -> Any:
     return types.void(function, whole, fraction), generate
 
 
-@_operation
+@operation
 def take(typing: Any, address: Any) -> Any:
     """The int64 at an address, which grows by one: atomic, so that threads share out work with it."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        pointer = builder.inttoptr(given[0], _LONG.as_pointer())
-        return builder.atomic_rmw("add", pointer, _LONG(1), "seq_cst")
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        pointer = builder.inttoptr(given[0], LONG.as_pointer())
+        return builder.atomic_rmw("add", pointer, LONG(1), "seq_cst")
 
     return types.int64(address), generate
 
 
-@_operation
+@operation
 def address_of(typing: Any, pointer: Any) -> Any:
     """A pointer as an address."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return builder.ptrtoint(given[0], _LONG)
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        return builder.ptrtoint(given[0], LONG)
 
     return types.int64(pointer), generate
 
 
-@_operation
-def zeros(typing: Any, count: Any) -> Any:
-    """`count` accumulators."""
-    kind = types.UniTuple(WIDE, count.literal_value)
-
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return ir.Constant(context.get_value_type(kind), None)
-
-    return kind(count), generate
-
-
-@_operation
-def add_outer(typing: Any, sums: Any, rows: Any, weights: Any, stride: Any, tile: Any) -> Any:
-    """sums[r, c] += weights[r · stride] · tile[c], where c counts vectors; `weights` and `tile` are addresses."""
-    count, height = len(sums), rows.literal_value
-    width = count // height
-
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        sums, _, weights, stride, tile = given
-        kind = ir.VectorType(_FLOAT, LANES)
-        loaded = [builder.load(_at(builder, tile, _LONG(c * LANES), _FLOAT, kind), align=4) for c in range(width)]
-        for r in range(height):
-            place = _at(builder, weights, builder.mul(stride, _LONG(r)), _FLOAT, _FLOAT)
-            weight = _splat(builder, builder.load(place), LANES)
-            for c, vector in enumerate(loaded):
-                at = r * width + c
-                sums = builder.insert_value(sums, _fma(builder, weight, vector, builder.extract_value(sums, at)), at)
-        return sums
-
-    return sums(sums, rows, weights, stride, tile), generate
-
-
-@_operation
-def add_inners(typing: Any, sums: Any, rows: Any, weights: Any, stride: Any, tile: Any, pitch: Any) -> Any:
-    """sums[r, i] += weights[r · stride ...] · tile[i · pitch ...] by lane; `weights` and `tile` are addresses."""
-    height = rows.literal_value
-    width = len(sums) // height
-
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        sums, _, weights, stride, tile, pitch = given
-
-        def loaded(address: ir.Value, step: ir.Value, count: int) -> list[ir.Value]:
-            places = [_at(builder, address, builder.mul(step, _LONG(i)), _FLOAT, WIDE_TYPE) for i in range(count)]
-            return [builder.load(place, align=4) for place in places]
-
-        vectors = loaded(tile, pitch, width)
-        for r, weight in enumerate(loaded(weights, stride, height)):
-            for i, vector in enumerate(vectors):
-                at = r * width + i
-                sums = builder.insert_value(sums, _fma(builder, weight, vector, builder.extract_value(sums, at)), at)
-        return sums
-
-    return sums(sums, rows, weights, stride, tile, pitch), generate
-
-
-@_operation
-def put_totals(typing: Any, sums: Any, rows: Any, out: Any, pitch: Any) -> Any:
-    """out[r · pitch + i] += the sum of all lanes of sums[r, i], added up in the order of `total`; `out` is an address.
-    At most LANES sums."""
-    height = rows.literal_value
-    width = len(sums) // height
-
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
-        sums, _, out, pitch = given
-        vectors = [builder.extract_value(sums, at) for at in range(height * width)]
-        vectors += [ir.Constant(WIDE_TYPE, None)] * (LANES - len(vectors))
-        vectors = [vectors[i % 4 * 4 + i // 4] for i in range(LANES)]  # how the rounds below interleave them
-        for half in (8, 4, 2, 1):
-            low = _folded(half)
-            order = [ir.Constant(ir.VectorType(_INT, LANES), [at + part for at in low]) for part in (0, half)]
-            vectors = [
-                builder.fadd(*(builder.shuffle_vector(a, b, places) for places in order))
-                for a, b in zip(vectors[::2], vectors[1::2], strict=True)
-            ]
-        few = ir.VectorType(_FLOAT, width)
-        for r in range(height):
-            own = ir.Constant(ir.VectorType(_INT, width), [r * width + i for i in range(width)])
-            place = _at(builder, out, builder.mul(pitch, _LONG(r)), _FLOAT, few)
-            new = builder.shuffle_vector(vectors[0], vectors[0], own)
-            builder.store(builder.fadd(builder.load(place, align=4), new), place, align=4)
-        return context.get_dummy_value()
-
-    return types.void(sums, rows, out, pitch), generate
-
-
-def _folded(half: int) -> list[int]:
-    """Lanes of two vectors, those of the second from LANES on, to which the lanes `half` behind them are added: such
-    that the sums of both are in one vector, side by side in each quarter of it where a quarter holds them."""
-    if half >= 4:
-        return [lane for lane in range(2 * LANES) if lane % (2 * half) < half]
-    return [
-        vector * LANES + quarter * 4 + pair * 2 * half + lane
-        for quarter in range(4)
-        for vector in range(2)
-        for pair in range(2 // half)
-        for lane in range(half)
-    ]
-
-
-@_operation
+@operation
 def total(typing: Any, vector: Any) -> Any:
     """The sum of all lanes."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
         name = f"llvm.vector.reduce.fadd.v{vector.lanes}f32"
-        return _call(builder, name, _FLOAT, _FLOAT(-0.0), given[0], flags=("reassoc",))
+        return _call(builder, name, FLOAT, FLOAT(-0.0), given[0], flags=("reassoc",))
 
     return types.float32(vector), generate
 
 
-@_operation
+@operation
 def largest(typing: Any, vector: Any) -> Any:
     """The largest lane."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return _call(builder, f"llvm.vector.reduce.fmax.v{vector.lanes}f32", _FLOAT, given[0])
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.vector.reduce.fmax.v{vector.lanes}f32", FLOAT, given[0])
 
     return types.float32(vector), generate
 
 
-@_operation
+@operation
 def lowest(typing: Any, vector: Any) -> Any:
     """The smallest lane; NaN if one is."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return _call(builder, f"llvm.vector.reduce.fminimum.v{vector.lanes}f32", _FLOAT, given[0], flags=("nsz",))
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.vector.reduce.fminimum.v{vector.lanes}f32", FLOAT, given[0], flags=("nsz",))
 
     return types.float32(vector), generate
 
 
-@_operation
+@operation
 def highest(typing: Any, vector: Any) -> Any:
     """The largest lane; NaN if one is."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        return _call(builder, f"llvm.vector.reduce.fmaximum.v{vector.lanes}f32", _FLOAT, given[0], flags=("nsz",))
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        return _call(builder, f"llvm.vector.reduce.fmaximum.v{vector.lanes}f32", FLOAT, given[0], flags=("nsz",))
 
     return types.float32(vector), generate
 
 
-@_operation
+@operation
 def code_of(typing: Any, x: Any, zero: Any, scale: Any, top: Any) -> Any:
     """round(clamp((x − zero) / scale, 0, top)) in the low bits of each lane: adding 1.5 · 2^23 leaves it there."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
         x, zero, scale, top = given
         kind, lanes = x.type, x.type.count
         ratio = builder.fdiv(builder.fsub(x, zero), scale)
@@ -406,46 +307,46 @@ def code_of(typing: Any, x: Any, zero: Any, scale: Any, top: Any) -> Any:
     return x(x, zero, scale, top), generate
 
 
-@_operation
+@operation
 def deposit(typing: Any, bits: Any, source: Any, taken: Any, mask: Any, place: Any) -> Any:
     """bits | (source >> taken & mask) << place, on the bits of each lane."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
         kind = given[0].type
-        wide = ir.VectorType(_INT, kind.count)
-        taken, mask, place = (_splat(builder, builder.trunc(number, _INT), kind.count) for number in given[2:])
+        wide = ir.VectorType(INT, kind.count)
+        taken, mask, place = (everywhere(builder, builder.trunc(number, INT), kind.count) for number in given[2:])
         part = builder.and_(builder.lshr(builder.bitcast(given[1], wide), taken), mask)
         return builder.bitcast(builder.or_(builder.bitcast(given[0], wide), builder.shl(part, place)), kind)
 
     return bits(bits, source, taken, mask, place), generate
 
 
-@_operation
+@operation
 def store_bytes(typing: Any, address: Any, index: Any, bits: Any) -> Any:
     """The low byte of each lane, one after the other from byte `index` on."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> Any:
         lanes = given[2].type.count
-        narrow = builder.trunc(builder.bitcast(given[2], ir.VectorType(_INT, lanes)), ir.VectorType(_BYTE, lanes))
-        builder.store(narrow, _at(builder, given[0], given[1], _BYTE, narrow.type), align=1)
+        narrow = builder.trunc(builder.bitcast(given[2], ir.VectorType(INT, lanes)), ir.VectorType(_BYTE, lanes))
+        builder.store(narrow, pointer_to(builder, given[0], given[1], _BYTE, narrow.type), align=1)
         return context.get_dummy_value()
 
     return types.void(address, index, bits), generate
 
 
-@_operation
+@operation
 def copy_byte(typing: Any, source: Any, start: Any, target: Any, end: Any) -> Any:
     """Byte `start` of an address to byte `end` of another."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
-        byte = builder.load(_at(builder, given[0], given[1], _BYTE, _BYTE))
-        builder.store(byte, _at(builder, given[2], given[3], _BYTE, _BYTE))
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> Any:
+        byte = builder.load(pointer_to(builder, given[0], given[1], _BYTE, _BYTE))
+        builder.store(byte, pointer_to(builder, given[2], given[3], _BYTE, _BYTE))
         return context.get_dummy_value()
 
     return types.void(source, start, target, end), generate
 
 
-@_operation
+@operation
 def exp(typing: Any, vector: Any) -> Any:
     """e^x to about one unit in the last place; 0 below −87, e^88 above 88, NaN of NaN.
 
@@ -453,8 +354,8 @@ def exp(typing: Any, vector: Any) -> Any:
     leaves it in the low bits.
     """
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        kind, wide = given[0].type, ir.VectorType(_INT, vector.lanes)
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        kind, wide = given[0].type, ir.VectorType(INT, vector.lanes)
 
         def real(value: float) -> ir.Value:
             return _constant(value, kind)
@@ -462,12 +363,12 @@ def exp(typing: Any, vector: Any) -> Any:
         low = builder.fcmp_ordered("<", given[0], real(-87.0))
         x = builder.select(low, real(-87.0), given[0])
         x = builder.select(builder.fcmp_ordered(">", x, real(88.0)), real(88.0), x)
-        shifted = _fma(builder, x, real(math.log2(math.e)), real(12582912.0))
+        shifted = multiply_add(builder, x, real(math.log2(math.e)), real(12582912.0))
         n = builder.fsub(shifted, real(12582912.0))
-        r = _fma(builder, n, real(2.12194440e-4), _fma(builder, n, real(-0.693359375), x))
+        r = multiply_add(builder, n, real(2.12194440e-4), multiply_add(builder, n, real(-0.693359375), x))
         p = real(1.9875691500e-4)
         for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
-            p = _fma(builder, p, r, real(c))
+            p = multiply_add(builder, p, r, real(c))
         exponent = builder.add(builder.bitcast(shifted, wide), _constant(127, wide))
         power = builder.bitcast(builder.shl(exponent, _constant(23, wide)), kind)
         return builder.select(low, real(0.0), builder.fmul(p, power))
@@ -475,31 +376,31 @@ def exp(typing: Any, vector: Any) -> Any:
     return vector(vector), generate
 
 
-@_operation
+@operation
 def look_up(typing: Any, table: Any, indices: Any) -> Any:
     """table[index] by lane; the indices are whole numbers in fp32."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> ir.Value:
-        places = builder.fptosi(given[1], ir.VectorType(_INT, indices.lanes))
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> ir.Value:
+        places = builder.fptosi(given[1], ir.VectorType(INT, indices.lanes))
         found = ir.Constant(given[1].type, ir.Undefined)
         for lane in range(indices.lanes):
-            place = builder.sext(builder.extract_element(places, _INT(lane)), _LONG)
-            value = builder.load(_at(builder, given[0], place, _FLOAT, _FLOAT))
-            found = builder.insert_element(found, value, _INT(lane))
+            place = builder.sext(builder.extract_element(places, INT(lane)), LONG)
+            value = builder.load(pointer_to(builder, given[0], place, FLOAT, FLOAT))
+            found = builder.insert_element(found, value, INT(lane))
         return found
 
     return indices(table, indices), generate
 
 
-@_operation
+@operation
 def transpose(typing: Any, source: Any, stride: Any, target: Any, pitch: Any) -> Any:
     """target[j · pitch + i] = source[i · stride + j] for i, j < LANES; both are addresses."""
 
-    def generate(context: Any, builder: _Builder, signature: Any, given: Any) -> Any:
+    def generate(context: Any, builder: Builder, signature: Any, given: Any) -> Any:
         source, stride, target, pitch = given
-        kind, order = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+        kind, order = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
         rows = [
-            builder.load(_at(builder, source, builder.mul(stride, _LONG(i)), _FLOAT, kind), align=4)
+            builder.load(pointer_to(builder, source, builder.mul(stride, LONG(i)), FLOAT, kind), align=4)
             for i in range(LANES)
         ]
         half = LANES // 2
@@ -513,7 +414,7 @@ def transpose(typing: Any, source: Any, stride: Any, target: Any, pitch: Any) ->
             ]
             half //= 2
         for j, row in enumerate(rows):
-            builder.store(row, _at(builder, target, builder.mul(pitch, _LONG(j)), _FLOAT, kind), align=4)
+            builder.store(row, pointer_to(builder, target, builder.mul(pitch, LONG(j)), FLOAT, kind), align=4)
         return context.get_dummy_value()
 
     return types.void(source, stride, target, pitch), generate
